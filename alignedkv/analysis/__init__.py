@@ -1,0 +1,1 @@
+"""Offline analysis: what precision do these activations need?"""

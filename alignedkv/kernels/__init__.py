@@ -1,0 +1,1 @@
+"""The kernels: one specification and the implementations that answer to it."""

@@ -1,0 +1,1 @@
+"""The runtime: what a Hugging Face model sees once it is patched."""
