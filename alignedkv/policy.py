@@ -1,0 +1,197 @@
+"""What the user asks of precision, and the thresholds and plane counts that follow from it.
+
+The plan rule stands here once, as NumPy; the reference uses it as it is, the kernels repeat it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignedkv.errors import SpecError
+from alignedkv.planes import PlaneLayout
+
+#: theta / tau at 4096 tokens from which feedback starts (theory.md 6, "Suggested default").
+START_THETA = 2.0**-7.5
+#: Bits of margin that feedback keeps below the tolerance (measurements.md 6).
+FEEDBACK_MARGIN_BITS = 0.6
+#: theta stays within these multiples of tau whatever feedback says.
+THETA_RANGE = (2.0**-20, 4.0)
+
+
+class BoundKind(StrEnum):
+    """The three bounds; each is called by its name everywhere."""
+
+    #: Theorem 5: always true, whatever the data and the plan.
+    DETERMINISTIC = "deterministic"
+    #: Theorem 7 and Corollary 8: fails with at most the stated probability over the dither.
+    STATISTICAL = "statistical"
+    #: Estimate 9: the tightest and the cheapest; not proved (theory.md 5.4 names every gap).
+    ESTIMATE = "estimate"
+
+
+def _layout(text: str) -> PlaneLayout:
+    return field(default_factory=lambda: PlaneLayout.parse(text))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrecisionPolicy:
+    """How accurate an attention output has to be, and with which kind of bound.
+
+    Attributes
+    ----------
+    tolerance : float
+        Allowed error of an output relative to its largest component, in (0, 1).
+    failure : float
+        Probability with which a statistical bound (or an estimate, if its assumptions held) may
+        fail, for one output of one head.
+    bound : BoundKind
+    key_layout, value_layout : PlaneLayout
+    stored_planes : int or None
+        Planes kept in memory (None: all).  A missing plane shows as a larger bound.
+    dither_rows : int
+        P, a power of two.  64 is enough in practice, 256 makes statistical bounds tighter
+        (measurements.md 4).
+    skip_share : float
+        chi: a value row is not read when its weight times its size is below chi theta.
+    plan_margin : float
+        Standard deviations of the score that the plan adds to a weight it has only estimated.
+        Costs or saves bytes; bounds are computed from what was read.
+    sample_values : bool
+        Value rows below theta_s are read with probability their size over theta_s and weighted by
+        its inverse (sampling.md, Theorem S1) instead of being skipped.
+    exact_first, exact_last : int
+        Rows at either end that are also kept in the input type and used exactly (attention sinks,
+        recent tokens).
+    """
+
+    tolerance: float = 2.0**-7
+    failure: float = 1e-9
+    bound: BoundKind = BoundKind.ESTIMATE
+    key_layout: PlaneLayout = _layout("4|4|4|4")
+    value_layout: PlaneLayout = _layout("4|4|4|4")
+    stored_planes: int | None = None
+    dither_rows: int = 64
+    skip_share: float = 0.2
+    plan_margin: float = 2.0
+    sample_values: bool = False
+    exact_first: int = 0
+    exact_last: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bound", _bound_kind(self.bound))
+        for name in ("key_layout", "value_layout"):
+            if isinstance(layout := getattr(self, name), str):
+                object.__setattr__(self, name, PlaneLayout.parse(layout))
+        _require(0 < self.tolerance < 1, "tolerance", self.tolerance, "a number in (0, 1)")
+        _require(0 < self.failure < 1, "failure", self.failure, "a probability in (0, 1)")
+        rows = self.dither_rows
+        _require(rows >= 1 and not rows & (rows - 1), "dither_rows", rows, "a power of two")
+        _require(self.skip_share >= 0, "skip_share", self.skip_share, "at least 0")
+        _require(self.plan_margin >= 0, "plan_margin", self.plan_margin, "at least 0")
+        _require(self.exact_first >= 0, "exact_first", self.exact_first, "at least 0")
+        _require(self.exact_last >= 0, "exact_last", self.exact_last, "at least 0")
+        most = min(len(self.key_layout), len(self.value_layout))
+        if self.stored_planes is not None:
+            _require(
+                1 <= self.stored_planes <= most,
+                "stored_planes",
+                self.stored_planes,
+                f"1 to {most}, the planes of both layouts",
+            )
+        if self.sample_values and self.bound is BoundKind.DETERMINISTIC:
+            raise SpecError(
+                "sample_values with a deterministic bound: a sampled row has no bound that never "
+                "fails; take bound='estimate' or 'statistical', or sample_values=False"
+            )
+
+    def planes_stored(self, layout: PlaneLayout) -> int:
+        """Planes of ``layout`` that are in memory."""
+        return len(layout) if self.stored_planes is None else self.stored_planes
+
+    def deviations(self, head_dim: int, tokens: int) -> float:
+        """z: standard deviations at which the bound's failure probability is ``failure``.
+
+        2D outcomes share it in the estimate (theory.md 5.4), 6D + 2NT + 1 in the theorem
+        (Corollary 8); a deterministic bound has none, and z is 0.
+        """
+        if self.bound is BoundKind.DETERMINISTIC:
+            return 0.0
+        events = 2.0 * head_dim
+        if self.bound is BoundKind.STATISTICAL:
+            events = 6.0 * head_dim + 2.0 * len(self.key_layout) * tokens + 1.0
+        return math.sqrt(2.0 * math.log(events / self.failure))
+
+    def start_theta(self, tokens: int) -> float:
+        """theta / tau for a head of which nothing is known yet.
+
+        From three kinds of head only (theory.md 6): a start for feedback, not a guarantee.  A
+        deterministic bound adds absolute errors, so its theta falls with T, not sqrt(T).
+        """
+        if self.bound is BoundKind.DETERMINISTIC:
+            return START_THETA * min(1.0, 64.0 / tokens) * 16.0
+        return START_THETA * math.sqrt(4096.0 / tokens)
+
+
+def output_policy(**changes: object) -> PrecisionPolicy:
+    """Attention outputs as accurate as bf16 FlashAttention's: tolerance 2^-7 (measurements.md 5)."""
+    return PrecisionPolicy(**{"tolerance": 2.0**-7, **changes})  # type: ignore[arg-type]
+
+
+def model_policy(**changes: object) -> PrecisionPolicy:
+    """Next-token distribution closer to exact than bf16 arithmetic: 2^-5 (measurements.md 7)."""
+    return PrecisionPolicy(**{"tolerance": 2.0**-5, **changes})  # type: ignore[arg-type]
+
+
+def feedback_theta(
+    theta: NDArray[np.float64], bound: NDArray[np.float64], tau: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The next step's theta from this step's bound: full gain, 0.6 bit of margin, at most 4x a step.
+
+    Parameters
+    ----------
+    theta, bound, tau : float array
+        Absolute thresholds, bounds and allowed errors of the heads, any one shape.
+    """
+    wanted = tau / np.maximum(bound, np.finfo(np.float64).tiny) * 2.0**-FEEDBACK_MARGIN_BITS
+    lowest, highest = (ratio * tau for ratio in THETA_RANGE)
+    return np.clip(theta * np.clip(wanted, 0.25, 4.0), lowest, highest)
+
+
+def planes_for(excess: NDArray[np.floating], layout: PlaneLayout, stored: int) -> NDArray[np.int8]:
+    """Rule (6.2): planes that bring an addend down to theta.
+
+    Parameters
+    ----------
+    excess : float array
+        log2(c / theta), c the addend's standard error after the first plane.
+    layout : PlaneLayout
+    stored : int
+        Planes in memory.
+
+    Returns
+    -------
+    int8 array
+        1 to ``stored``: plane n + 1 is read iff n planes leave the addend above theta.
+    """
+    planes = np.ones(np.shape(excess), np.int8)
+    for n in range(1, stored):
+        planes += excess > layout.gain(n)
+    return planes
+
+
+def _bound_kind(kind: BoundKind | str) -> BoundKind:
+    try:
+        return BoundKind(kind)
+    except ValueError:
+        names = ", ".join(BoundKind)
+        raise SpecError(f"bound {kind!r}: give one of {names}") from None
+
+
+def _require(holds: bool, name: str, given: object, allowed: str) -> None:
+    if not holds:
+        raise SpecError(f"{name} {given!r}: give {allowed}")
