@@ -1,1 +1,1 @@
-"""Offline analysis: what precision do these activations need?"""
+"""Offline analysis: the precision that given activations need."""
