@@ -26,7 +26,7 @@ import torch
 from rich.progress import Progress
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 #: Name under which the recording attention is known while `recording` is active.
@@ -100,7 +100,8 @@ def recording(model: Any, layers: set[int], positions: int) -> Iterator[dict[int
         return stock(module, q, k, v, mask, **kwargs)
 
     ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME] = attend
-    ALL_MASK_ATTENTION_FUNCTIONS[ATTENTION_NAME] = ALL_MASK_ATTENTION_FUNCTIONS[stock_name]
+    # Masks are looked up in the class's registry only; a name missing there gets no mask at all.
+    AttentionMaskInterface.register(ATTENTION_NAME, AttentionMaskInterface()[stock_name])
     model.set_attn_implementation(ATTENTION_NAME)
     try:
         if model.config._attn_implementation != ATTENTION_NAME:
@@ -111,7 +112,7 @@ def recording(model: Any, layers: set[int], positions: int) -> Iterator[dict[int
     finally:
         model.set_attn_implementation(stock_name)
         del ALL_ATTENTION_FUNCTIONS[ATTENTION_NAME]
-        del ALL_MASK_ATTENTION_FUNCTIONS[ATTENTION_NAME]
+        del AttentionMaskInterface._global_mapping[ATTENTION_NAME]
 
 
 def capture(
