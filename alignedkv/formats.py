@@ -14,6 +14,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from alignedkv.errors import SpecError
+
 #: What `exponent` says of zero: below the exponent of every float64 number.
 EXPONENT_OF_ZERO = -1075
 #: What `exponent` says of infinities and NaN: above the exponent of every float64 number.
@@ -28,7 +30,7 @@ class FloatFormat:
 
     Raises
     ------
-    ValueError
+    SpecError
         If the format has values that float64 cannot hold, or no fraction or exponent bits.
     """
 
@@ -44,12 +46,12 @@ class FloatFormat:
 
     def __post_init__(self) -> None:
         if not 2 <= self.precision <= 53:
-            raise ValueError(
+            raise SpecError(
                 f"{self.name}: precision is {self.precision}; it must lie in 2..53, "
                 "so that float64 holds every value"
             )
         if not 2 <= self.exponent_bits <= 11:
-            raise ValueError(
+            raise SpecError(
                 f"{self.name}: {self.bits} bits with precision {self.precision} leave "
                 f"{self.exponent_bits} exponent bits; 2..11 are allowed"
             )
@@ -275,7 +277,7 @@ def bf16_bits_round_up(x: ArrayLike) -> NDArray[np.uint16]:
 
     Raises
     ------
-    ValueError
+    SpecError
         If an element is negative, NaN, infinite or above bfloat16's largest number: no bfloat16
         could serve as its row scale.
 
@@ -289,7 +291,7 @@ def bf16_bits_round_up(x: ArrayLike) -> NDArray[np.uint16]:
     allowed = (x >= 0) & (x <= BF16.max)
     if not allowed.all():
         culprit = x[~allowed].flat[0]
-        raise ValueError(
+        raise SpecError(
             f"cannot round {culprit} up to bfloat16: allowed are finite numbers from 0 to "
             f"{BF16.max:.4g}; {np.count_nonzero(~allowed)} of {x.size} elements are outside"
         )

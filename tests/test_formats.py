@@ -80,7 +80,7 @@ def test_identities(fmt):
     assert formats.exponent(fmt.max) == fmt.max_exponent
 
 
-@pytest.mark.parametrize("bits, precision", [(16, 1), (64, 54), (12, 11), (24, 8)])
+@pytest.mark.parametrize(("bits", "precision"), [(16, 1), (64, 54), (12, 11), (24, 8)])
 def test_formats_that_float64_cannot_hold_are_refused(bits, precision):
     with pytest.raises(ValueError, match="odd"):
         FloatFormat(name="odd", bits=bits, precision=precision)
