@@ -85,11 +85,15 @@ class PlaneLayout:
     @property
     def half_range(self) -> float:
         """Largest |x|/g that a row may hold: 7.5 for a first plane of four bits."""
-        return (2 ** self.widths[0] - 1) / 2
+        return ((1 << self.widths[0]) - 1) / 2
 
     def gain(self, planes: int) -> int:
         """log2 of the factor by which ``planes >= 1`` planes are finer than the first alone."""
         return self.bits(planes) - self.widths[0]
+
+
+#: The layout that everything starts from: four planes of four bits.
+DEFAULT_LAYOUT = PlaneLayout((4, 4, 4, 4))
 
 
 def dither_class(token: NDArray[np.integer] | int, rows: int) -> NDArray[np.int64]:

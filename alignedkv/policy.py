@@ -6,14 +6,14 @@ The plan rule stands here once, as NumPy; the reference uses it as it is, the ke
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alignedkv.errors import SpecError
-from alignedkv.planes import PlaneLayout
+from alignedkv.planes import DEFAULT_LAYOUT, PlaneLayout
 
 #: theta / tau at 4096 tokens from which feedback starts (theory.md 6, "Suggested default").
 START_THETA = 2.0**-7.5
@@ -32,10 +32,6 @@ class BoundKind(StrEnum):
     STATISTICAL = "statistical"
     #: Estimate 9: the tightest and the cheapest; not proved (theory.md 5.4 names every gap).
     ESTIMATE = "estimate"
-
-
-def _layout(text: str) -> PlaneLayout:
-    return field(default_factory=lambda: PlaneLayout.parse(text))  # type: ignore[return-value]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +68,8 @@ class PrecisionPolicy:
     tolerance: float = 2.0**-7
     failure: float = 1e-9
     bound: BoundKind = BoundKind.ESTIMATE
-    key_layout: PlaneLayout = _layout("4|4|4|4")
-    value_layout: PlaneLayout = _layout("4|4|4|4")
+    key_layout: PlaneLayout = DEFAULT_LAYOUT
+    value_layout: PlaneLayout = DEFAULT_LAYOUT
     stored_planes: int | None = None
     dither_rows: int = 64
     skip_share: float = 0.2
@@ -138,7 +134,7 @@ class PrecisionPolicy:
 
 
 def output_policy(**changes: object) -> PrecisionPolicy:
-    """Attention outputs as accurate as bf16 FlashAttention's: tolerance 2^-7 (measurements.md 5)."""
+    """Outputs as accurate as bf16 FlashAttention's: tolerance 2^-7 (measurements.md 5)."""
     return PrecisionPolicy(**{"tolerance": 2.0**-7, **changes})  # type: ignore[arg-type]
 
 
@@ -150,7 +146,10 @@ def model_policy(**changes: object) -> PrecisionPolicy:
 def feedback_theta(
     theta: NDArray[np.float64], bound: NDArray[np.float64], tau: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """The next step's theta from this step's bound: full gain, 0.6 bit of margin, at most 4x a step.
+    """The next step's theta from this step's bound.
+
+    Full gain, `FEEDBACK_MARGIN_BITS` of margin, at most a factor of 4 a step, and never outside
+    `THETA_RANGE`.
 
     Parameters
     ----------
@@ -159,7 +158,8 @@ def feedback_theta(
     """
     wanted = tau / np.maximum(bound, np.finfo(np.float64).tiny) * 2.0**-FEEDBACK_MARGIN_BITS
     lowest, highest = (ratio * tau for ratio in THETA_RANGE)
-    return np.clip(theta * np.clip(wanted, 0.25, 4.0), lowest, highest)
+    following: NDArray[np.float64] = np.clip(theta * np.clip(wanted, 0.25, 4.0), lowest, highest)
+    return following
 
 
 def planes_for(excess: NDArray[np.floating], layout: PlaneLayout, stored: int) -> NDArray[np.int8]:

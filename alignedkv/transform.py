@@ -1,14 +1,15 @@
 """The key transform: k' and q' with q'.k' = q.k - q.mean, so that a row scale wastes no bits.
 
-``k' = H S (k - mean) / (b beta)`` and ``q' = H S (beta q)``, with H the unnormalised Hadamard matrix
-over blocks of ``b`` channels, S random signs and beta powers of two (theory.md (1.2)).  The whole
-power-of-two factor 1/b sits on the key side: no key can overflow, and the softmax scale stays as
-the model gave it.  Values are only centred.
+``k' = H S (k - mean) / (b beta)`` and ``q' = H S (beta q)``, with H the unnormalised Hadamard
+matrix over blocks of ``b`` channels, S random signs and beta powers of two (theory.md (1.2)).  The
+whole power-of-two factor 1/b sits on the key side: no key can overflow, and the softmax scale stays
+as the model gave it.  Values are only centred.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,18 +22,21 @@ MAX_BALANCE_EXPONENT = 13
 
 TRANSFORM_PARTS = ("mean", "balance", "hadamard")
 
+Real = TypeVar("Real", np.float32, np.float64)
+
 
 def hadamard_block(channels: int) -> int:
     """Largest power of two that divides the (padded) number of channels."""
     return channels & -channels
 
 
-def hadamard(rows: NDArray[np.float32], block: int) -> NDArray[np.float32]:
-    """Unnormalised Walsh-Hadamard transform of each block of ``block`` channels, in float32.
+def hadamard(rows: NDArray[Real], block: int) -> NDArray[Real]:
+    """Unnormalised Walsh-Hadamard transform of each block of ``block`` channels, in rows' dtype.
 
-    The butterfly runs over distances 1, 2, 4, ...: kernels repeat this order bit for bit.
+    The butterfly runs over distances 1, 2, 4, ...: kernels repeat this order bit for bit in
+    float32.
     """
-    out = np.array(rows, np.float32)
+    out = rows.copy()
     shape = out.shape
     distance = 1
     while distance < block:
@@ -41,6 +45,11 @@ def hadamard(rows: NDArray[np.float32], block: int) -> NDArray[np.float32]:
         pairs[..., 0, :], pairs[..., 1, :] = low + high, low - high
         distance *= 2
     return out
+
+
+def random_signs(channels: int, *, seed: int) -> NDArray[np.float32]:
+    """Signs of the Hadamard part, +1 or -1 with equal probability [channels]."""
+    return np.random.default_rng(seed).choice(np.array([-1, 1], np.float32), channels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +97,16 @@ class KeyTransform:
         return hadamard(_pad(centred, len(self.signs)) * self.signs, self.block)
 
     def queries(self, q: ArrayLike) -> NDArray[np.float32]:
-        """q' [..., padded D] of queries [..., D]."""
-        scaled = np.asarray(q, np.float32) * self.balance
-        return hadamard(_pad(scaled, len(self.signs)) * self.signs, self.block)
+        """q' [..., padded D] of queries [..., D], in the float32 operations of the kernels."""
+        return self._turn(np.asarray(q, np.float32))
+
+    def exact_queries(self, q: ArrayLike) -> NDArray[np.float64]:
+        """`queries` in float64: no error that a bound would have to know of."""
+        return self._turn(np.asarray(q, np.float64))
+
+    def _turn(self, q: NDArray[Real]) -> NDArray[Real]:
+        scaled = q * self.balance.astype(q.dtype)
+        return hadamard(_pad(scaled, len(self.signs)) * self.signs.astype(q.dtype), self.block)
 
     def offsets(self, q: ArrayLike, tokens: int) -> NDArray[np.float64]:
         """q.mean of each token's page [..., T]: what q'.k' lacks of q.k."""
@@ -151,7 +167,7 @@ def fit_key_transform(
     signs = np.ones(channels, np.float32)
     block = 1
     if "hadamard" in wanted:
-        signs = np.random.default_rng(seed).choice(np.float32([-1, 1]), channels)
+        signs = random_signs(channels, seed=seed)
         block = hadamard_block(channels)
     return KeyTransform(mean=mean, balance=balance, signs=signs, block=block, page=page)
 
@@ -164,9 +180,10 @@ def _balance(spread: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[
     tiny = np.finfo(np.float64).tiny
     exponent = np.round(np.log2(np.sqrt((spread + tiny) / (size + tiny))))
     exponent = np.maximum(exponent, exponent.max() - MAX_BALANCE_EXPONENT)
-    return np.exp2(exponent - exponent.min()).astype(np.float32)
+    balance: NDArray[np.float32] = np.exp2(exponent - exponent.min()).astype(np.float32)
+    return balance
 
 
-def _pad(rows: NDArray[np.float32], channels: int) -> NDArray[np.float32]:
+def _pad(rows: NDArray[Real], channels: int) -> NDArray[Real]:
     missing = channels - rows.shape[-1]
     return np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)]) if missing else rows

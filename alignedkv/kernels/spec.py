@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignedkv.errors import SpecError
-from alignedkv.planes import PlaneLayout, padded_channels
+from alignedkv.planes import DEFAULT_LAYOUT, PlaneLayout, padded_channels
 from alignedkv.policy import BoundKind, PrecisionPolicy
 
 HEAD_DIMS = (64, 80, 96, 128, 192, 256)
@@ -56,7 +56,7 @@ class DecodeSpec:
     group: int
     query_dtype: str = "bfloat16"
     row_dtype: str = "bfloat16"
-    layout: PlaneLayout = PlaneLayout((4, 4, 4, 4))
+    layout: PlaneLayout = DEFAULT_LAYOUT
     stored_planes: int = 4
     bound: BoundKind = BoundKind.ESTIMATE
     dither_rows: int = 64
