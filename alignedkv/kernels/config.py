@@ -1,0 +1,176 @@
+"""Everything that changes only the time of a decode step; `spec.py` has what changes its answer.
+
+A tunable is a field declared once, with its choices in the metadata.  From the fields come, by
+loop, the constants of the generated source, the cache key, the search space, ``--set name=value``
+and the columns of tuning tables.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from alignedkv.errors import CodegenError
+from alignedkv.kernels.spec import DecodeSpec
+from alignedkv.kernels.target import DeviceTarget
+from alignedkv.planes import row_bytes
+
+WARP = 32
+MAX_THREADS_PER_BLOCK = 1024
+#: A decode kernel with fewer registers a thread than this spills (test_resources.py).
+MIN_REGISTERS = 64
+
+
+def _tunable(default: Any, *choices: Any) -> Any:
+    return field(default=default, metadata={"choices": choices})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    """Tunables of the kernels; the defaults run untuned.
+
+    Attributes
+    ----------
+    warps : int
+        Warps of a block of decode.cu; each works on tiles of its own.
+    blocks_per_sm : int
+        Blocks that shall fit on an SM together: bounds the registers of a thread.
+    key_stages : int
+        Tiles of first key planes in flight per warp, the one in use included.
+    rare_rows : int
+        Rows of a tile whose third and later planes are fetched side by side and early; more than
+        that are fetched late.
+    eager_values : bool
+        The first tile's value rows are fetched before its scores are known.
+    strided_tiles : bool
+        Splits take tiles in turn, which balances heads with few important tokens; else each takes
+        one run of neighbouring tiles.
+    waves : int
+        Blocks of the grid per block that fits on the GPU at once.
+    encode_warps : int
+        Warps, and so rows in flight, of a block of encode.cu and dequantise.cu.
+    """
+
+    warps: int = _tunable(8, 4, 8, 16)
+    blocks_per_sm: int = _tunable(2, 1, 2, 3, 4)
+    key_stages: int = _tunable(2, 1, 2, 3)
+    rare_rows: int = _tunable(16, 8, 16, 32)
+    eager_values: bool = _tunable(False, False, True)
+    strided_tiles: bool = _tunable(True, False, True)
+    waves: int = _tunable(1, 1, 2)
+    encode_warps: int = _tunable(8, 4, 8, 16)
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, str]) -> DecodeConfig:
+        """Defaults changed by texts, as ``--set name=value`` gives them.
+
+        Raises
+        ------
+        CodegenError
+            If a name is no tunable or a value not among its choices.
+        """
+        values: dict[str, Any] = {}
+        for name, text in settings.items():
+            if name not in CHOICES:
+                raise CodegenError(f"tunable {name!r}: give one of {', '.join(CHOICES)}")
+            by_text = {str(choice): choice for choice in CHOICES[name]}
+            if text not in by_text:
+                raise CodegenError(f"{name}={text}: give one of {', '.join(by_text)}")
+            values[name] = by_text[text]
+        return replace(cls(), **values)
+
+
+#: The choices of every tunable, by its name.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    tunable.name: tunable.metadata["choices"] for tunable in fields(DecodeConfig)
+}
+
+
+def configurations(spec: DecodeSpec, target: DeviceTarget) -> Iterator[DecodeConfig]:
+    """All legal configurations, in the order of the fields' choices."""
+    for values in itertools.product(*CHOICES.values()):
+        config = DecodeConfig(**dict(zip(CHOICES, values, strict=True)))
+        if not restrictions(spec, config, target):
+            yield config
+
+
+def default_config(spec: DecodeSpec, target: DeviceTarget) -> DecodeConfig:
+    """The configuration that runs untuned: the defaults, with fewer blocks or warps if need be.
+
+    Raises
+    ------
+    CodegenError
+        If nothing fits the target.
+    """
+    first = DecodeConfig()
+    for blocks, warps in itertools.product((2, 1), (first.warps, 4)):
+        config = replace(first, blocks_per_sm=blocks, warps=warps)
+        if not restrictions(spec, config, target):
+            return config
+    check_legal(spec, first, target)
+    return first
+
+
+def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
+    """Dynamic shared memory of a block of decode.cu; ``Shared`` there has the same parts."""
+    row = [row_bytes(spec.channels, width) for width in spec.layout.widths[: spec.stored_planes]]
+    tile = WARP * (config.key_stages * row[0] + row[1] + 2 * row[0] + row[1])
+    rare = config.rare_rows * sum(row[2:])
+    scores = WARP * spec.group * 4
+    return config.warps * (tile + rare + scores) + spec.dither_rows * spec.group * 4
+
+
+def restrictions(spec: DecodeSpec, config: DecodeConfig, target: DeviceTarget) -> list[str]:
+    """Why ``config`` cannot serve ``spec`` on ``target``; empty if it can.
+
+    Every reason is also a ``static_assert`` of the kernels, in the same words.
+    """
+    reasons = [
+        f"{name} {value!r}: allowed are {', '.join(map(str, CHOICES[name]))}"
+        for name, value in asdict(config).items()
+        if value not in CHOICES[name]
+    ]
+    if reasons:
+        return reasons
+    threads = WARP * config.warps
+    if threads > MAX_THREADS_PER_BLOCK:
+        reasons.append(f"a block has {threads} threads: at most {MAX_THREADS_PER_BLOCK} fit")
+    resident = threads * config.blocks_per_sm
+    if resident > target.threads_per_sm:
+        reasons.append(f"an SM has {resident} threads: at most {target.threads_per_sm} fit")
+    elif target.registers_per_sm // resident < MIN_REGISTERS:
+        reasons.append(
+            f"a thread has {target.registers_per_sm // resident} registers: "
+            f"the kernel needs {MIN_REGISTERS}"
+        )
+    shared = shared_bytes(spec, config)
+    if shared > target.shared_bytes_per_block:
+        reasons.append(
+            f"a block takes {shared} bytes of shared memory: "
+            f"at most {target.shared_bytes_per_block} fit"
+        )
+    per_sm = config.blocks_per_sm * (shared + target.reserved_shared_bytes)
+    if per_sm > target.shared_bytes_per_sm:
+        reasons.append(
+            f"the blocks of an SM take {per_sm} bytes of shared memory: "
+            f"at most {target.shared_bytes_per_sm} fit"
+        )
+    return reasons
+
+
+def check_legal(spec: DecodeSpec, config: DecodeConfig, target: DeviceTarget) -> None:
+    """Refuse an illegal configuration.
+
+    Raises
+    ------
+    CodegenError
+        With every reason.
+    """
+    reasons = restrictions(spec, config, target)
+    if reasons:
+        raise CodegenError(
+            f"{config} cannot serve {spec} on {target.name}: {'; '.join(reasons)}. "
+            "configurations(spec, target) lists those that can"
+        )

@@ -1,0 +1,104 @@
+// What kernels are told at run time: one struct per kernel, passed by value.
+//
+// THE list of arguments.  arguments.py reads this file: it lays the structs out for NumPy, finds each
+// member's value by its name, and checks arrays against the shapes in the trailing comments.  So a
+// member is declared here and nowhere else.
+//
+// A member is `type name;  // [shape] what it is`.  A shape is a list of products of the letters of
+// arrays.py (B, Hkv, H, T, D, C, P, ...) and of whole numbers; `*rows` stands for the dimensions that
+// hold tokens, [B, Hkv, T] contiguous and [pages, Hkv, page_tokens] paged; `or null` marks an array
+// that may be absent.  A member of Workspace is allocated by launch.py to its shape, filled with 0.
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i16 = short;
+using i32 = int;
+using i64 = long long;
+
+// How a number of a dtype lies in memory; conversions are in rows.cuh.
+template <Float kDtype>
+struct Storage {
+  using Bits = u16;
+};
+template <>
+struct Storage<Float::F32> {
+  using Bits = u32;
+};
+using RowBits = Storage<kRowDtype>::Bits;      // keys and values as given, and rows kept exact
+using QueryBits = Storage<kQueryDtype>::Bits;  // queries and outputs
+
+// One layer's cache (arrays.py, CacheArrays).
+struct Cache {
+  u8* key_planes[kStoredPlanes];    // [*rows, plane_bytes] planes of the keys, most significant first
+  u8* value_planes[kStoredPlanes];  // [*rows, plane_bytes]
+  u32* scales;                      // [*rows] bfloat16 scales: key in the low half, value in the high half
+  float* key_mean;                  // [B, Hkv, D]
+  float* balance;                   // [B, Hkv, D] powers of two
+  float* value_mean;                // [B, Hkv, D]
+  float* signs;                     // [C] +-1
+  i16* dither;                      // [2, P, C] of keys and values, in units of 2^-4
+  i32* lengths;                     // [B] tokens t < lengths[b] are valid ...
+  i32* starts;                      // [B] ... from starts[b] on
+  i32* block_table;                 // [B, max_pages] or null: page of every kPageTokens tokens
+  RowBits* exact_keys;              // [B, Hkv, exact_slots, D] or null: see exact_slot
+  RowBits* exact_values;            // [B, Hkv, exact_slots, D] or null
+  i32 kv_heads;                     // Hkv
+  i32 capacity;                     // T: most tokens of a sequence
+  i32 max_pages;                    // columns of block_table
+  i32 exact_first;                  // tokens from the start that are kept exact
+  i32 exact_last;                   // tokens to the end that are kept exact
+};
+
+// What a step wants to know of each query head beforehand (arrays.py, HeadState).
+struct State {
+  float* log_z;   // [B, H] natural log-sum-exp of the scores
+  float* spread;  // [B, H] rho
+  float* theta;   // [B, H] absolute threshold of an addend's error
+  u32* step;      // [1] counts steps
+};
+
+// Run-time numbers of a step (arrays.py, StepArguments).
+struct Step {
+  float scaling;      // lambda
+  float tolerance;    // allowed error relative to max |o|
+  float deviations;   // z
+  float skip_share;   // chi
+  float plan_margin;  // standard deviations added to a planned weight
+  i32 window;         // last tokens seen; 0 for all
+  float softcap;      // 0 for none
+  u32 seed;           // of the sampling hash
+  i32 repairs;        // passes over heads whose bound missed
+};
+
+// New rows to append: the shapes of [B, Hkv, S, D] with strides, so that a transposed view needs no
+// copy; the channels of a row lie side by side.
+struct NewRows {
+  RowBits* keys;          // [B, Hkv, S, D]
+  RowBits* values;        // [B, Hkv, S, D]
+  i64 key_strides[3];     // elements from one sequence, head, token to the next
+  i64 value_strides[3];   // likewise
+  i32 tokens;             // S
+};
+
+// encode.cu: `encode` writes tokens lengths[b] .. lengths[b] + S - 1; `advance` then adds S to lengths.
+struct EncodeArguments {
+  Cache cache;
+  NewRows rows;
+};
+
+// encode.cu: `fit` sets key_mean, value_mean and balance from rows that are about to be encoded.
+struct FitArguments {
+  Cache cache;
+  NewRows rows;
+  float* query_size;  // [B, Hkv, D] or null: mean |q| per channel; without it balance is left alone
+};
+
+// dequantise.cu: all stored planes back to rows.
+struct DequantiseArguments {
+  Cache cache;
+  float* keys;    // [B, Hkv, S, D]
+  float* values;  // [B, Hkv, S, D]
+  i32 tokens;     // S: tokens 0 .. S - 1; those past lengths[b] become 0
+};

@@ -1,0 +1,48 @@
+// All stored planes back to rows, for chunked prefill and for queries of several tokens.
+
+#include "rows.cuh"
+
+constexpr int kDequantiseThreads = kEncodeWarps * kWarpSize;
+
+// Write the first D channels of a row.
+__device__ __forceinline__ void store_row(float* row /* [D] */, const float (&x)[kPerLane]) {
+  const int lane = lane_of_thread();
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int c = channel(i, lane);
+    if (c < kHeadDim) row[c] = x[i];
+  }
+}
+
+// A warp restores one token.  grid: (ceil(S / kEncodeWarps), B * Hkv)
+extern "C" __global__ void __launch_bounds__(kDequantiseThreads)
+    dequantise(const __grid_constant__ DequantiseArguments arguments) {
+  const Cache& cache = arguments.cache;
+  const int lane = lane_of_thread();
+  const int token = blockIdx.x * kEncodeWarps + threadIdx.x / kWarpSize;
+  if (token >= arguments.tokens) return;
+  const int sequence = blockIdx.y / cache.kv_heads, head = blockIdx.y % cache.kv_heads;
+  const i64 of_head = head_index(cache, sequence, head);
+  const i64 out = (of_head * arguments.tokens + token) * kHeadDim;
+  float x[kPerLane] = {};
+  if (token >= min(cache.lengths[sequence], cache.capacity)) {
+    store_row(arguments.keys + out, x);
+    store_row(arguments.values + out, x);
+    return;
+  }
+  const i64 row = row_index(cache, sequence, head, token);
+  const u32 scales = cache.scales[row];
+  const int row_class = dither_class(token);
+
+  decode_row(x, cache.key_planes, row, scales & 0xffffu, dither_row(cache, 0, row_class));
+  restore_key(x, cache, of_head);
+  store_row(arguments.keys + out, x);
+
+  decode_row(x, cache.value_planes, row, scales >> 16, dither_row(cache, 1, row_class));
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int c = channel(i, lane);
+    if (c < kHeadDim) x[i] = __fadd_rn(x[i], cache.value_mean[of_head * kHeadDim + c]);
+  }
+  store_row(arguments.values + out, x);
+}
