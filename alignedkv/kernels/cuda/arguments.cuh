@@ -1,39 +1,22 @@
 // What kernels are told at run time: one struct per kernel, passed by value.
 //
-// THE list of arguments.  arguments.py reads this file: it lays the structs out for NumPy, finds each
-// member's value by its name, and checks arrays against the shapes in the trailing comments.  So a
-// member is declared here and nowhere else.
+// THE list of arguments.  arguments.py reads this file: it lays the structs out for NumPy, finds
+// each member's value by its name, and checks arrays against the shapes in the trailing comments.
+// So a member is declared here and nowhere else.
 //
-// A member is `type name;  // [shape] what it is`.  A shape is a list of products of the letters of
-// arrays.py (B, Hkv, H, T, D, C, P, ...) and of whole numbers; `*rows` stands for the dimensions that
-// hold tokens, [B, Hkv, T] contiguous and [pages, Hkv, page_tokens] paged; `or null` marks an array
-// that may be absent.  A member of Workspace is allocated by launch.py to its shape, filled with 0.
+// A member is `type name;  // [shape] what it is`.  A shape is a list of products of whole numbers
+// and of the names in arguments.py, `Sizes`: B, Hkv, H, G, T, D, C, N, P, ...  `*rows` stands for
+// the dimensions that hold tokens: [B, Hkv, T] contiguous, [pages, Hkv, page_tokens] paged.  After
+// the shape, `or null` marks an array that may be absent, and `strided` one whose rows (its last
+// dimension) need not lie one behind the other.
 
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using i16 = short;
-using i32 = int;
-using i64 = long long;
-
-// How a number of a dtype lies in memory; conversions are in rows.cuh.
-template <Float kDtype>
-struct Storage {
-  using Bits = u16;
-};
-template <>
-struct Storage<Float::F32> {
-  using Bits = u32;
-};
-using RowBits = Storage<kRowDtype>::Bits;      // keys and values as given, and rows kept exact
-using QueryBits = Storage<kQueryDtype>::Bits;  // queries and outputs
+#include "dtypes.cuh"
 
 // One layer's cache (arrays.py, CacheArrays).
 struct Cache {
-  u8* key_planes[kStoredPlanes];    // [*rows, plane_bytes] planes of the keys, most significant first
+  u8* key_planes[kStoredPlanes];    // [*rows, plane_bytes] most significant first
   u8* value_planes[kStoredPlanes];  // [*rows, plane_bytes]
-  u32* scales;                      // [*rows] bfloat16 scales: key in the low half, value in the high half
+  u32* scales;                      // [*rows] bfloat16: key in the low half, value in the high
   float* key_mean;                  // [B, Hkv, D]
   float* balance;                   // [B, Hkv, D] powers of two
   float* value_mean;                // [B, Hkv, D]
@@ -72,17 +55,16 @@ struct Step {
   i32 repairs;        // passes over heads whose bound missed
 };
 
-// New rows to append: the shapes of [B, Hkv, S, D] with strides, so that a transposed view needs no
-// copy; the channels of a row lie side by side.
+// New rows: strided, so that a transposed view needs no copy.
 struct NewRows {
-  RowBits* keys;          // [B, Hkv, S, D]
-  RowBits* values;        // [B, Hkv, S, D]
-  i64 key_strides[3];     // elements from one sequence, head, token to the next
-  i64 value_strides[3];   // likewise
-  i32 tokens;             // S
+  RowBits* keys;         // [B, Hkv, S, D] strided
+  RowBits* values;       // [B, Hkv, S, D] strided
+  i64 key_strides[3];    // elements from one sequence, head, token to the next
+  i64 value_strides[3];  // likewise
+  i32 tokens;            // S
 };
 
-// encode.cu: `encode` writes tokens lengths[b] .. lengths[b] + S - 1; `advance` then adds S to lengths.
+// encode.cu: `encode` writes tokens lengths[b] .. lengths[b] + S - 1; `advance` adds S to lengths.
 struct EncodeArguments {
   Cache cache;
   NewRows rows;

@@ -34,7 +34,7 @@ extern "C" __global__ void advance(i32* lengths /* [B] */, i32 batch, i32 tokens
   for (int b = threadIdx.x; b < batch; b += blockDim.x) lengths[b] += tokens;
 }
 
-// ---- statistics -----------------------------------------------------------------------------------
+// ---- statistics ---------------------------------------------------------------------------------
 
 constexpr int kFitRows = 32;  // rows that a block reads at once
 
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(kWarpSize * kFitRows)
   }
 }
 
-// Turn the spread that `fit` left in `balance` into powers of two (transform.py, fit_key_transform).
+// Turn the spread that `fit` left in `balance` into powers of two (transform.py, _balance).
 // grid: B * Hkv; block: D threads
 extern "C" __global__ void __launch_bounds__(kHeadDim)
     fit_balance(const __grid_constant__ FitArguments arguments) {

@@ -4,12 +4,13 @@
 
 #include "arguments.cuh"
 
-// ---- lanes and channels ---------------------------------------------------------------------------
+// ---- lanes and channels -------------------------------------------------------------------------
 
 constexpr int kWarpSize = 32;
 constexpr u32 kAllLanes = 0xffffffffu;
-// A row lies across the lanes of a warp: x[i] of a lane is channel `channel(i, lane)`.  Neighbouring
-// lanes hold neighbouring channels, so loads coalesce and the short butterfly distances are shuffles.
+// A row lies across the lanes of a warp: x[i] of a lane is channel `channel(i, lane)`.
+// Neighbouring lanes hold neighbouring channels, so loads coalesce and the short distances of the
+// butterfly are shuffles.
 constexpr int kPerLane = kChannels / kWarpSize;
 static_assert(kChannels % kWarpSize == 0, "channels of a stored row come in multiples of 32");
 static_assert(kHadamardBlock % kWarpSize == 0, "a Hadamard block is at least a warp wide");
@@ -17,44 +18,14 @@ static_assert(kHadamardBlock % kWarpSize == 0, "a Hadamard block is at least a w
 __device__ __forceinline__ int lane_of_thread() { return threadIdx.x % kWarpSize; }
 __device__ __forceinline__ int channel(int i, int lane) { return i * kWarpSize + lane; }
 
-// ---- dtypes ---------------------------------------------------------------------------------------
-
-// Exact: every dtype is a subset of float32.
-template <Float kDtype>
-__device__ __forceinline__ float to_float(typename Storage<kDtype>::Bits bits) {
-  if constexpr (kDtype == Float::F16) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-  } else if constexpr (kDtype == Float::BF16) {
-    return __uint_as_float(static_cast<u32>(bits) << 16);
-  } else {
-    return __uint_as_float(bits);
-  }
-}
-
-// To nearest, ties to even.
-template <Float kDtype>
-__device__ __forceinline__ typename Storage<kDtype>::Bits from_float(float value) {
-  if constexpr (kDtype == Float::F32) {
-    return __float_as_uint(value);
-  } else {
-    u16 bits;
-    if constexpr (kDtype == Float::F16) {
-      asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    } else {
-      asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    }
-    return bits;
-  }
-}
+// ---- scales -------------------------------------------------------------------------------------
 
 // A bfloat16 is the upper half of a float32.
 __device__ __forceinline__ float scale_of(u32 scale_bits) {
   return __uint_as_float(scale_bits << 16);
 }
 
-// Smallest bfloat16 that is not below x >= 0: codes are ordered like the numbers, so round the code.
+// Smallest bfloat16 not below x >= 0: codes are ordered like the numbers, so round the code.
 __device__ __forceinline__ u32 bf16_bits_round_up(float x) {
   return (__float_as_uint(x) + 0xffffu) >> 16;
 }
@@ -63,7 +34,7 @@ __device__ __forceinline__ u32 bf16_bits_round_up(float x) {
 // infinite or NaN, and the step reports a miss.
 constexpr u32 kInfiniteScale = 0x7f80u;
 
-// ---- where a row lies -----------------------------------------------------------------------------
+// ---- where a row lies ---------------------------------------------------------------------------
 
 // KV head `head` of sequence `sequence` among all: the index into [B, Hkv].
 __device__ __forceinline__ i64 head_index(const Cache& cache, int sequence, int head) {
@@ -113,7 +84,7 @@ __device__ __forceinline__ const i16* dither_row(const Cache& cache, int side, i
   return cache.dither + static_cast<i64>(side * kDitherRows + dither_class) * kChannels;
 }
 
-// ---- the transform --------------------------------------------------------------------------------
+// ---- the transform ------------------------------------------------------------------------------
 
 // A row as given, zero in the padding.
 template <Float kDtype>
@@ -127,9 +98,9 @@ __device__ __forceinline__ void load_row(
   }
 }
 
-// Unnormalised Walsh-Hadamard transform of each block of kHadamardBlock channels.  Distances 1 to 16
-// lie across lanes, 32 and more across registers:
-//   distance d:   (low, high) -> (low + high, low - high),   low = channel without bit d, high = with
+// Unnormalised Walsh-Hadamard transform of each block of kHadamardBlock channels.  Distances 1 to
+// 16 lie across lanes, 32 and more across registers:
+//   distance d: (low, high) -> (low + high, low - high), low = channel without bit d, high = with
 __device__ __forceinline__ void hadamard(float (&x)[kPerLane]) {
   const int lane = lane_of_thread();
 #pragma unroll
@@ -153,7 +124,7 @@ __device__ __forceinline__ void hadamard(float (&x)[kPerLane]) {
   }
 }
 
-// k -> k' in place.  Scaling by the power of two first is exact and cannot overflow where k does not.
+// k -> k' in place.  Scaling by the power of two first is exact, and no k can overflow.
 __device__ __forceinline__ void transform_key(float (&x)[kPerLane], const Cache& cache, i64 head) {
   const int lane = lane_of_thread();
   const float* mean = cache.key_mean + head * kHeadDim;
@@ -171,7 +142,8 @@ __device__ __forceinline__ void transform_key(float (&x)[kPerLane], const Cache&
 }
 
 // q -> q' in place.
-__device__ __forceinline__ void transform_query(float (&x)[kPerLane], const Cache& cache, i64 head) {
+__device__ __forceinline__ void transform_query(
+    float (&x)[kPerLane], const Cache& cache, i64 head) {
   const int lane = lane_of_thread();
   const float* balance = cache.balance + head * kHeadDim;
 #pragma unroll
@@ -207,7 +179,7 @@ __device__ __forceinline__ void centre_value(float (&x)[kPerLane], const Cache& 
   }
 }
 
-// ---- digits ---------------------------------------------------------------------------------------
+// ---- digits -------------------------------------------------------------------------------------
 
 // Words of a row in shared memory, from where packing picks channels that lie C/m apart.
 struct alignas(8) Words {
@@ -225,7 +197,8 @@ __device__ __forceinline__ u32 encode_row(
   largest = __reduce_max_sync(kAllLanes, largest);
   const bool finite = largest < 0x7f800000u;
   const float wanted = __fdiv_rn(__uint_as_float(largest), kHalfRange);
-  const u32 scale_bits = finite ? bf16_bits_round_up(fmaxf(wanted, kSmallestScale)) : kInfiniteScale;
+  const u32 scale_bits =
+      finite ? bf16_bits_round_up(fmaxf(wanted, kSmallestScale)) : kInfiniteScale;
   const float g = scale_of(scale_bits);
   __syncwarp();  // the words of the row before have been read
 #pragma unroll
@@ -240,8 +213,8 @@ __device__ __forceinline__ u32 encode_row(
   return scale_bits;
 }
 
-// Four neighbouring bytes of a plane's row (planes.py, pack_plane).  With m = 8 / width channels in a
-// byte, channel i + k C/m lies in bits k width .. of byte i; for width 4:
+// Four neighbouring bytes of a plane's row (planes.py, pack_plane).  With m = 8 / width channels in
+// a byte, channel i + k C/m lies in bits k width .. of byte i; for width 4:
 //   byte i:   7 6 5 4 | 3 2 1 0
 //            i + C/2  |    i
 template <int kPlane>
@@ -299,7 +272,7 @@ __device__ __forceinline__ void decode_row(
   }
 }
 
-// ---- a token --------------------------------------------------------------------------------------
+// ---- a token ------------------------------------------------------------------------------------
 
 // Write one token: planes and scales of its key and value, and its exact rows if it has a slot.
 __device__ __forceinline__ void encode_token(
