@@ -42,7 +42,7 @@ ALIGNMENT: Final = 16
 _STRUCT = re.compile(r"^struct (\w+) \{$(.*?)^\};$", re.MULTILINE | re.DOTALL)
 _MEMBER = re.compile(
     r"^  (?P<type>\w+)(?P<pointer>\*?) (?P<name>\w+)(?:\[(?P<count>\w+)\])?;"
-    r"(?: *// *(?:\[(?P<shape>[^\]]*)\](?P<nullable> or null)?)?.*)?$"
+    r"(?: *// *(?:\[(?P<shape>[^\]]*)\](?P<kind> or null| strided)?)?.*)?$"
 )
 
 
@@ -61,6 +61,9 @@ class Member:
     shape : tuple of str or None
         Terms of the shape that a pointer's array must have.
     nullable : bool
+        Whether the array may be absent.
+    strided : bool
+        Whether only its last dimension must be contiguous.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Member:
     count: str | None
     shape: tuple[str, ...] | None
     nullable: bool
+    strided: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,9 +177,11 @@ class DeviceArray:
                 dtype=array.dtype.name,
                 device=array.device.id,
             )
-        raise LaunchError(
-            f"{name} is a {type(array).__name__}: give a torch or CuPy array on a GPU"
-        )
+        raise LaunchError(f"{name} is a {type(array).__name__}: give a torch or CuPy array")
+
+    def has_contiguous_rows(self) -> bool:
+        """Whether elements of the last dimension lie side by side."""
+        return self.shape[-1] == 1 or self.strides[-1] == 1
 
     def is_contiguous(self) -> bool:
         """Whether elements lie in order without gaps (dimensions of one element do not matter)."""
@@ -205,9 +211,7 @@ def _members(struct: str, body: str) -> list[Member]:
     for line in filter(str.strip, body.splitlines()):
         found = _MEMBER.match(line)
         if found is None:
-            raise CodegenError(
-                f"arguments.cuh, {struct}: {line.strip()!r} is no member declaration"
-            )
+            raise CodegenError(f"arguments.cuh, {struct}: {line.strip()!r} declares no member")
         shape = found["shape"]
         if found["pointer"] and shape is None:
             raise CodegenError(f"arguments.cuh, {struct}.{found['name']}: a pointer needs a shape")
@@ -218,7 +222,8 @@ def _members(struct: str, body: str) -> list[Member]:
                 pointer=bool(found["pointer"]),
                 count=found["count"],
                 shape=tuple(t.strip() for t in shape.split(",")) if found["pointer"] else None,
-                nullable=bool(found["nullable"]),
+                nullable=found["kind"] == " or null",
+                strided=found["kind"] == " strided",
             )
         )
     return members
@@ -315,12 +320,10 @@ def _address(
     shape = sizes.shape(member.shape or (), plane)
     if seen.shape != shape:
         raise LaunchError(f"{member.name} has shape {seen.shape}: give {shape}")
-    if not seen.is_contiguous():
-        raise LaunchError(
-            f"{member.name} has strides {seen.strides}: give a contiguous array, such as "
-            f"{member.name}.contiguous() makes"
-        )
-    check_place(member.name, seen, device)
+    if not (seen.has_contiguous_rows() if member.strided else seen.is_contiguous()):
+        wanted = "an array whose last dimension is" if member.strided else "an array that is"
+        raise LaunchError(f"{member.name} has strides {seen.strides}: give {wanted} contiguous")
+    check_place(member.name, seen, device, 4 if member.strided else ALIGNMENT)
     return seen.address
 
 
