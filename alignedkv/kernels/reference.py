@@ -1,0 +1,417 @@
+"""The reference: a decode step in readable float64 NumPy.  It defines what is right.
+
+Every other implementation answers to these functions: rows are encoded to the same bits, the same
+planes are read but for ties, outputs lie within their own bounds, and no bound is below the one
+here for the same reads.
+
+One step, for the G heads of one KV head of one sequence: scores after every plane count
+(`reference_plan`), the plan, sums over the tokens of each split (`reference_sums`), merged sums and
+the bound (`reference_bounds`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignedkv.errors import ActivationError
+from alignedkv.kernels.arrays import Array, CacheArrays, DecodeResult, HeadState, StepArguments
+from alignedkv.kernels.reference_bounds import bound, merge, normalise
+from alignedkv.kernels.reference_plan import (
+    Float,
+    HeadHints,
+    HeadRows,
+    key_transform,
+    plan_rows,
+    read_rows,
+    score_rows,
+    write_rows,
+)
+from alignedkv.kernels.reference_sums import add_up
+from alignedkv.kernels.sampling import stream_key
+from alignedkv.kernels.spec import DecodeSpec
+from alignedkv.kernels.storage import (
+    LOST_SCALE,
+    check_query,
+    check_rows,
+    exact_slots,
+    from_float64,
+    row_addresses,
+    to_float32,
+)
+from alignedkv.planes import DigitPlanes, dither_class, encode_rows
+from alignedkv.policy import BoundKind, feedback_theta
+from alignedkv.transform import fit_key_transform, hadamard
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadAnswer:
+    """What one pass over one KV head found, for its G heads.
+
+    Attributes
+    ----------
+    output : float64 array [G, D]
+    bound, size, spread, log_z : float64 arrays [G]
+    reads : int64 array [2, N]
+    """
+
+    output: Float
+    bound: Float
+    size: Float
+    spread: Float
+    log_z: Float
+    reads: NDArray[np.int64]
+
+
+def encode(spec: DecodeSpec, cache: CacheArrays, keys: Array, values: Array) -> None:
+    """Append rows to every sequence, and advance the lengths.
+
+    Parameters
+    ----------
+    spec : DecodeSpec
+    cache : CacheArrays
+        Changed in place; its transforms are used as they are (`fit_transforms` sets them).
+    keys, values : arrays [B, Hkv, S, D] in row_dtype
+
+    Raises
+    ------
+    LaunchError
+        If shapes or dtypes are wrong or the cache is too small.
+    ActivationError
+        If a row that can be attended holds NaN or infinity; nothing is written then.
+    """
+    check_rows(spec, cache, keys, values)
+    key_rows, value_rows = to_float32(keys, spec.row_dtype), to_float32(values, spec.row_dtype)
+    batch, kv_heads, count, _ = keys.shape
+    tokens = cache.lengths.astype(np.int64)[:, None] + np.arange(count)
+    turned = np.empty((2, batch, kv_heads, count, spec.channels), np.float32)
+    padding = [(0, 0), (0, spec.channels - spec.head_dim)]
+    with np.errstate(over="ignore", invalid="ignore"):
+        for b in range(batch):
+            for h in range(kv_heads):
+                turned[0, b, h] = key_transform(cache, b, h).keys(key_rows[b, h])
+                turned[1, b, h] = np.pad(value_rows[b, h] - cache.value_mean[b, h], padding)
+    lost = np.asarray(~np.isfinite(turned).all(axis=-1))
+    _refuse_lost_rows(lost, tokens, cache)
+
+    for b in range(batch):
+        rows = dither_class(tokens[b], spec.dither_rows)
+        length = int(tokens[b, 0]) + count if count else int(cache.lengths[b])
+        slots = exact_slots(cache, tokens[b], start=int(cache.starts[b]), length=length)
+        for h in range(kv_heads):
+            encoded = [
+                _encode(spec, turned[side, b, h], cache.dither[side].astype(np.int32)[rows], gone)
+                for side, gone in enumerate(lost[:, b, h])
+            ]
+            write_rows(spec, cache, row_addresses(spec, cache, b, h, tokens[b]), *encoded)
+            if cache.exact_keys is not None and cache.exact_values is not None:
+                kept = slots >= 0
+                cache.exact_keys[b, h, slots[kept]] = keys[b, h, kept]
+                cache.exact_values[b, h, slots[kept]] = values[b, h, kept]
+    cache.lengths[:] += np.int32(count)
+
+
+def fit_transforms(
+    spec: DecodeSpec,
+    cache: CacheArrays,
+    keys: Array,
+    values: Array,
+    query_size: Array | None = None,
+) -> None:
+    """Set key_mean, balance and value_mean from the rows of a prefill that is about to be encoded.
+
+    Parameters
+    ----------
+    keys, values : arrays [B, Hkv, S, D] in row_dtype
+        Rows before a sequence's start are left out.
+    query_size : float array [Hkv, D] or [B, Hkv, D], optional
+        E|q| of each channel; without it the balance stays 1.
+    """
+    check_rows(spec, cache, keys, values)
+    key_rows, value_rows = to_float32(keys, spec.row_dtype), to_float32(values, spec.row_dtype)
+    batch, kv_heads, count, _ = keys.shape
+    parts = "mean" if query_size is None else "mean+balance"
+    sizes = np.broadcast_to(1.0 if query_size is None else query_size, cache.key_mean.shape)
+    for b in range(batch):
+        seen = np.arange(count) >= int(cache.starts[b]) - int(cache.lengths[b])
+        if not seen.any():
+            continue
+        for h in range(kv_heads):
+            fitted = fit_key_transform(key_rows[b, h, seen], sizes[b, h], parts=parts)
+            cache.key_mean[b, h] = fitted.mean[0]
+            cache.balance[b, h] = fitted.balance
+            cache.value_mean[b, h] = value_rows[b, h, seen].astype(np.float64).mean(axis=0)
+
+
+def decode(
+    spec: DecodeSpec,
+    cache: CacheArrays,
+    query: Array,
+    state: HeadState,
+    arguments: StepArguments,
+    *,
+    sinks: Array | None = None,
+    splits: int = 1,
+) -> DecodeResult:
+    """One decode step: output, bound, what was read, and the state for the next step.
+
+    Parameters
+    ----------
+    spec : DecodeSpec
+    cache : CacheArrays
+    query : array [B, H, D] in query_dtype
+    state : HeadState
+        Hints from the previous step (or `probe`).
+    arguments : StepArguments
+    sinks : float32 array [H], optional
+        Logit of each head's sink, where ``spec.sinks``.
+    splits : int
+        Parts into which the tokens are cut; changes nothing but rounding.
+
+    Notes
+    -----
+    Under a statistical bound the hints must not depend on this step's dither (theory.md 5.3): they
+    are the previous step's, and remain so in repairs.  That they depend on it through earlier
+    outputs is gap (A) of theory.md 1.  With other bounds a repair starts from what the pass before
+    it found.
+    """
+    check_query(spec, cache, query, state, sinks)
+    queries = to_float32(query, spec.query_dtype).astype(np.float64)
+    batch, heads, _ = query.shape
+    kv_heads, group = heads // spec.group, spec.group
+    output = np.zeros(query.shape)
+    bounds, sizes = np.zeros((batch, heads)), np.zeros((batch, heads))
+    missed = np.zeros((batch, heads), np.uint8)
+    reads = np.zeros((batch, kv_heads, 2, spec.stored_planes), np.uint32)
+    following = np.zeros((3, batch, heads))
+    step = int(state.step[0])
+
+    for b in range(batch):
+        for h in range(kv_heads):
+            mine = slice(h * group, (h + 1) * group)
+            hints = _hints(state, b, mine, stream_key(arguments.seed, step, b * kv_heads + h))
+            logits = None if sinks is None else np.asarray(sinks, np.float64)[mine]
+            with np.errstate(all="ignore"):
+                answer, theta, gone = _decode_head(
+                    spec, cache, arguments, (b, h), queries[b, mine], hints, logits, splits
+                )
+            output[b, mine] = answer.output
+            bounds[b, mine], sizes[b, mine] = answer.bound, answer.size
+            missed[b, mine] = gone
+            reads[b, h] = answer.reads
+            following[:, b, mine] = answer.log_z, answer.spread, theta
+    log_z, spread, theta = following.astype(np.float32)
+    return DecodeResult(
+        output=from_float64(output, spec.query_dtype),
+        bound=bounds.astype(np.float32),
+        size=sizes.astype(np.float32),
+        missed=missed,
+        reads=reads,
+        state=HeadState(log_z=log_z, spread=spread, theta=theta, step=state.step + np.uint32(1)),
+    )
+
+
+def probe(
+    spec: DecodeSpec,
+    cache: CacheArrays,
+    query: Array,
+    arguments: StepArguments,
+    *,
+    start_theta: float,
+    sinks: Array | None = None,
+) -> HeadState:
+    """The state of a head of which nothing is known: one pass over the first planes alone.
+
+    Parameters
+    ----------
+    start_theta : float
+        theta / tau from which feedback starts (`PrecisionPolicy.start_theta`).
+    """
+    batch, heads, _ = query.shape
+    unknown = HeadState(
+        log_z=np.zeros((batch, heads), np.float32),
+        spread=np.zeros((batch, heads), np.float32),
+        theta=np.full((batch, heads), np.inf, np.float32),
+        step=np.zeros(1, np.uint32),
+    )
+    coarse = replace(arguments, skip_share=0.0, repairs=0)
+    found = decode(spec, cache, query, unknown, coarse, sinks=sinks)
+    tau = np.float32(arguments.tolerance * start_theta) * found.size
+    return HeadState(
+        log_z=found.state.log_z, spread=found.state.spread, theta=tau, step=unknown.step
+    )
+
+
+def dequantise(
+    spec: DecodeSpec, cache: CacheArrays, *, tokens: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Keys and values [B, Hkv, tokens, D] as all stored planes (or exact rows) tell them.
+
+    Rows that no sequence attends to (padding, beyond the length) are 0.
+
+    Notes
+    -----
+    k = mean + beta S H k', cut to D: H is symmetric and H H = b, and k' carries 1/(b beta).
+    """
+    batch, kv_heads, head_dim = cache.key_mean.shape
+    keys = np.zeros((batch, kv_heads, tokens, head_dim), np.float32)
+    values = np.zeros_like(keys)
+    for b in range(batch):
+        seen = np.arange(int(cache.starts[b]), min(tokens, int(cache.lengths[b])), dtype=np.int64)
+        for h in range(kv_heads):
+            rows = read_rows(spec, cache, b, h, seen)
+            transform = key_transform(cache, b, h)
+            turned = hadamard(rows.keys.prefix(spec.stored_planes), transform.block)
+            back = (turned * transform.signs)[:, :head_dim] * transform.balance
+            key = back + transform.mean[0]
+            value = rows.values.prefix(spec.stored_planes)[:, :head_dim] + rows.value_mean
+            key[rows.is_exact], value[rows.is_exact] = rows.exact_keys, rows.exact_values
+            keys[b, h, seen], values[b, h, seen] = key, value
+    return keys, values
+
+
+def _refuse_lost_rows(
+    lost: NDArray[np.bool_], tokens: NDArray[np.int64], cache: CacheArrays
+) -> None:
+    attended = tokens >= cache.starts[:, None]
+    bad = lost & attended[None, :, None, :]
+    if bad.any():
+        side, b, h, i = (int(x) for x in np.argwhere(bad)[0])
+        raise ActivationError(
+            f"{'values' if side else 'keys'} of sequence {b}, KV head {h}, token {tokens[b, i]} "
+            f"hold NaN or infinity (or overflow float32 when centred); {int(bad.sum())} such rows: "
+            "give finite rows, or let the sequence start after them"
+        )
+
+
+def _encode(
+    spec: DecodeSpec, rows: NDArray[np.float32], dither: NDArray[np.int32], lost: NDArray[np.bool_]
+) -> DigitPlanes:
+    encoded = encode_rows(np.where(lost[:, None], np.float32(0), rows), dither, spec.layout)
+    encoded.scale_bits[lost] = LOST_SCALE
+    return encoded
+
+
+def _hints(state: HeadState, b: int, mine: slice, key: np.uint64) -> HeadHints:
+    """A sequence's hints; what is not a number says nothing, and then everything is read."""
+    log_z, spread, theta = (
+        np.asarray(getattr(state, name)[b, mine], np.float64)
+        for name in ("log_z", "spread", "theta")
+    )
+    return HeadHints(
+        log_z=np.where(np.isnan(log_z), -np.inf, log_z),
+        spread=np.where(np.isfinite(spread), spread, 0.0),
+        theta=np.where(np.isnan(theta), 0.0, theta),
+        key=key,
+    )
+
+
+def _decode_head(
+    spec: DecodeSpec,
+    cache: CacheArrays,
+    arguments: StepArguments,
+    place: tuple[int, int],
+    query: Float,
+    hints: HeadHints,
+    sinks: Float | None,
+    splits: int,
+) -> tuple[HeadAnswer, Float, NDArray[np.bool_]]:
+    """All passes over one KV head: answer, next theta, missed [G]."""
+    length = int(cache.lengths[place[0]])
+    start = int(cache.starts[place[0]])
+    if arguments.window:
+        start = max(start, length - arguments.window)
+    rows = read_rows(spec, cache, *place, np.arange(start, max(start, length), dtype=np.int64))
+
+    def run(hints: HeadHints) -> HeadAnswer:
+        return _pass(spec, cache, arguments, place, rows, query, hints, sinks, splits)
+
+    answer = run(hints)
+    if length <= start:
+        return answer, hints.theta, np.zeros(len(query), np.bool_)
+    tau = arguments.tolerance * answer.size
+    theta = feedback_theta(hints.theta, answer.bound, tau)
+    for left in range(arguments.repairs, 0, -1):
+        missed = _misses(answer, arguments.tolerance)
+        if not missed.any():
+            break
+        finer = hints.theta * np.fmin(0.5, arguments.tolerance * answer.size / answer.bound / 2.0)
+        finer = np.where(left == 1, 0.0, np.nan_to_num(finer))
+        hints = replace(hints, theta=np.where(missed, finer, hints.theta))
+        if spec.bound is not BoundKind.STATISTICAL:
+            hints = replace(hints, log_z=answer.log_z, spread=answer.spread)
+        again = run(hints)
+        answer = replace(again, reads=answer.reads + again.reads)
+    return answer, theta, _misses(answer, arguments.tolerance)
+
+
+def _pass(
+    spec: DecodeSpec,
+    cache: CacheArrays,
+    arguments: StepArguments,
+    place: tuple[int, int],
+    rows: HeadRows,
+    query: Float,
+    hints: HeadHints,
+    sinks: Float | None,
+    splits: int,
+) -> HeadAnswer:
+    """One pass over the rows of one KV head, in ``splits`` parts."""
+    transform = key_transform(cache, *place)
+    edges = np.linspace(0, len(rows.tokens), splits + 1).astype(int)
+    parts = []
+    reads = np.zeros((2, spec.stored_planes), np.int64)
+    planes = np.arange(1, spec.stored_planes + 1)[:, None]
+    for begin, end in pairwise(edges):
+        part = rows.take(slice(begin, end))
+        scores = score_rows(spec, arguments, transform, part, query)
+        plan = plan_rows(spec, arguments, part, scores, hints)
+        parts.append(add_up(spec, arguments, part, scores, plan, hints))
+        reads += [(plan.keys >= planes).sum(axis=1), (plan.values >= planes).sum(axis=1)]
+
+    sums = merge(parts)
+    top = np.where(np.isneginf(sums.top), 0.0, sums.top)
+    sink = np.zeros(len(top)) if sinks is None else np.exp(sinks - top)
+    total = sums.linear["weight"] + sink
+    if not len(rows.tokens):
+        nothing = np.zeros(len(top))
+        log_z = np.full(len(top), -np.inf) if sinks is None else sinks
+        return HeadAnswer(
+            output=np.zeros(query.shape),
+            bound=nothing,
+            size=nothing,
+            spread=nothing,
+            log_z=log_z,
+            reads=reads,
+        )
+    sums = normalise(sums, total)
+    sink = sink / total
+    output = sums.linear["output"] + (1.0 - sink)[:, None] * rows.value_mean
+    spread = np.abs(output - rows.value_mean).max(axis=1)
+    found = bound(
+        spec.bound,
+        sums,
+        deviations=arguments.deviations,
+        tolerance=arguments.tolerance,
+        sink_weight=sink,
+        spread_hint=hints.spread,
+        spread=spread,
+        mean_size=float(np.abs(rows.value_mean).max()),
+        sampled=spec.sample_values,
+    )
+    lost = np.isnan(output).any(axis=1)
+    return HeadAnswer(
+        output=output,
+        bound=np.where(np.isnan(found) & ~lost, np.inf, found),
+        size=np.abs(output).max(axis=1),
+        spread=spread,
+        log_z=top + np.log(total),
+        reads=reads,
+    )
+
+
+def _misses(answer: HeadAnswer, tolerance: float) -> NDArray[np.bool_]:
+    return ~(answer.bound <= tolerance * (answer.size - answer.bound))

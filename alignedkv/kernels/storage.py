@@ -1,0 +1,262 @@
+"""Where a cache's rows lie: allocation, the address of a row, sizes in bytes, checks, dtypes.
+
+Nothing here knows torch or CuPy: whoever allocates says how arrays are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignedkv.errors import LaunchError, SpecError
+from alignedkv.formats import BF16, bf16_to_float32, float32_to_bf16_bits, round_to
+from alignedkv.kernels.arrays import Array, CacheArrays, HeadState
+from alignedkv.kernels.spec import MAX_TOKENS, DecodeSpec
+from alignedkv.planes import dither_table, row_bytes
+from alignedkv.transform import random_signs
+
+#: bfloat16 scale of a row that held NaN or infinity: every bound that meets it is lost.
+LOST_SCALE = 0x7F80
+#: Bytes of the two row scales of a token.
+SCALE_BYTES = 4
+
+
+def allocate(
+    spec: DecodeSpec,
+    *,
+    batch: int,
+    kv_heads: int,
+    capacity: int,
+    zeros: Callable[[tuple[int, ...], str], Array],
+    put: Callable[[NDArray[np.generic]], Array],
+    exact_first: int = 0,
+    exact_last: int = 0,
+    pages: int | None = None,
+    seed: int = 0,
+) -> CacheArrays:
+    """Allocate an empty cache: lengths 0, means 0, balance 1, its own dither and signs.
+
+    Parameters
+    ----------
+    spec : DecodeSpec
+    batch, kv_heads, capacity : int
+        B, Hkv, T.
+    zeros : callable
+        ``zeros(shape, dtype)`` -> zeroed array; dtypes are named as in `CacheArrays`, "bfloat16"
+        among them.
+    put : callable
+        NumPy array -> array of the same content, where `zeros` puts its arrays.
+    exact_first, exact_last : int
+        Rows kept in ``row_dtype`` at either end; only where ``spec.exact_rows``.
+    pages : int, optional
+        Pages in the pool of a paged cache; its block table is then left for the caller to fill.
+        Default: as many as the batch needs, given to its sequences one after the other.
+    seed : int
+        Of dither and signs; one per request (theory.md 1, "Independence").
+
+    Raises
+    ------
+    SpecError
+        If a size is not positive, or exact rows are asked for without ``spec.exact_rows``.
+    """
+    _check_sizes(spec, batch, kv_heads, capacity, exact_first + exact_last)
+    channels, page = spec.channels, spec.page_tokens
+    rows: tuple[int, ...] = (batch, kv_heads, capacity)
+    block_table = None
+    if page is not None:
+        per_sequence = -(-capacity // page)
+        rows = (batch * per_sequence if pages is None else pages, kv_heads, page)
+        if pages is None:
+            table = np.arange(batch * per_sequence, dtype=np.int32)
+            block_table = put(table.reshape(batch, per_sequence))
+        else:
+            block_table = zeros((batch, per_sequence), "int32")
+    widths = spec.layout.widths[: spec.stored_planes]
+    tables = [
+        dither_table(spec.dither_rows, channels, seed=2 * seed + side, layout=spec.layout)
+        for side in (0, 1)
+    ]
+    heads = (batch, kv_heads, spec.head_dim)
+    exact_shape = (batch, kv_heads, exact_first + exact_last, spec.head_dim)
+    return CacheArrays(
+        key_planes=tuple(zeros((*rows, row_bytes(channels, w)), "uint8") for w in widths),
+        value_planes=tuple(zeros((*rows, row_bytes(channels, w)), "uint8") for w in widths),
+        scales=zeros(rows, "uint32"),
+        key_mean=zeros(heads, "float32"),
+        balance=put(np.ones(heads, np.float32)),
+        value_mean=zeros(heads, "float32"),
+        signs=put(random_signs(channels, seed=seed)),
+        dither=put(np.stack(tables).astype(np.int16)),
+        lengths=zeros((batch,), "int32"),
+        starts=zeros((batch,), "int32"),
+        block_table=block_table,
+        exact_keys=zeros(exact_shape, spec.row_dtype) if spec.exact_rows else None,
+        exact_values=zeros(exact_shape, spec.row_dtype) if spec.exact_rows else None,
+        exact_first=exact_first,
+        exact_last=exact_last,
+    )
+
+
+def numpy_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
+    """`zeros` for NumPy caches: bfloat16 as uint16 bit patterns."""
+    return np.zeros(shape, "uint16" if dtype == "bfloat16" else dtype)
+
+
+def allocate_numpy(spec: DecodeSpec, **sizes: int | None) -> CacheArrays:
+    """`allocate` with NumPy arrays."""
+    return allocate(spec, zeros=numpy_zeros, put=np.ascontiguousarray, **sizes)  # type: ignore[arg-type]
+
+
+def bytes_per_token(spec: DecodeSpec) -> int:
+    """Bytes that a token of one KV head takes: all stored planes and scales of K and V."""
+    widths = spec.layout.widths[: spec.stored_planes]
+    return SCALE_BYTES + 2 * sum(row_bytes(spec.channels, width) for width in widths)
+
+
+def bytes_stored(spec: DecodeSpec, *, batch: int, kv_heads: int, capacity: int) -> int:
+    """Bytes of planes and scales of a contiguous cache."""
+    return batch * kv_heads * capacity * bytes_per_token(spec)
+
+
+def bytes_read(spec: DecodeSpec, reads: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Bytes of planes and scales that a step has read.
+
+    Parameters
+    ----------
+    reads : int array [..., 2, N]
+        `DecodeResult.reads`.
+
+    Returns
+    -------
+    int64 array [...]
+        A token's scales count once with its first key plane.
+    """
+    widths = spec.layout.widths[: spec.stored_planes]
+    per_row = np.array([row_bytes(spec.channels, width) for width in widths], np.int64)
+    rows = reads.astype(np.int64)
+    total: NDArray[np.int64] = (rows * per_row).sum(axis=(-2, -1)) + SCALE_BYTES * rows[..., 0, 0]
+    return total
+
+
+def capacity_of(spec: DecodeSpec, cache: CacheArrays) -> int:
+    """Tokens that a sequence may have."""
+    if spec.page_tokens is None:
+        return int(cache.scales.shape[2])
+    if cache.block_table is None:
+        raise LaunchError(
+            f"a cache with pages of {spec.page_tokens} tokens has no block table: give "
+            "CacheArrays.block_table"
+        )
+    return int(cache.block_table.shape[1]) * spec.page_tokens
+
+
+def row_addresses(
+    spec: DecodeSpec, cache: CacheArrays, sequence: int, head: int, tokens: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """THE address function: index of each token's row in the flattened planes and scales."""
+    kv_heads = cache.key_mean.shape[1]
+    t = tokens.astype(np.int64)
+    if spec.page_tokens is None:
+        rows: NDArray[np.int64] = (sequence * kv_heads + head) * int(cache.scales.shape[2]) + t
+        return rows
+    page = np.asarray(cache.block_table)[sequence, t // spec.page_tokens].astype(np.int64)
+    rows = (page * kv_heads + head) * spec.page_tokens + t % spec.page_tokens
+    return rows
+
+
+def exact_slots(
+    cache: CacheArrays, tokens: NDArray[np.integer], *, start: int, length: int
+) -> NDArray[np.int64]:
+    """Slot of each token among the rows kept exact, -1 where it has none.
+
+    Parameters
+    ----------
+    tokens : int array [n]
+    start, length : int
+        Of the sequence, the tokens at hand included.
+    """
+    t = tokens.astype(np.int64)
+    slots = np.full(t.shape, -1, np.int64)
+    if cache.exact_last:
+        late = t >= length - cache.exact_last
+        slots[late] = cache.exact_first + t[late] % cache.exact_last
+    early = (t >= start) & (t < start + cache.exact_first)
+    slots[early] = t[early] - start
+    return slots
+
+
+def to_float32(array: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
+    """Values of an array of a named dtype, exactly."""
+    return bf16_to_float32(array) if dtype == "bfloat16" else array.astype(np.float32)
+
+
+def from_float64(array: NDArray[np.float64], dtype: str) -> NDArray[np.generic]:
+    """Round to a named dtype, once."""
+    if dtype == "bfloat16":
+        return float32_to_bf16_bits(round_to(BF16, array).astype(np.float32))
+    with np.errstate(over="ignore"):
+        return array.astype(dtype)
+
+
+def check_rows(spec: DecodeSpec, cache: CacheArrays, keys: Array, values: Array) -> None:
+    """Raise LaunchError unless keys and values [B, Hkv, S, D] fit behind the cache's lengths."""
+    batch, kv_heads, head_dim = cache.key_mean.shape
+    for name, rows in (("keys", keys), ("values", values)):
+        shape = tuple(rows.shape)
+        if len(shape) != 4 or shape[:2] != (batch, kv_heads) or shape[3] != head_dim:
+            raise LaunchError(
+                f"{name} have shape {shape}: this cache takes ({batch}, {kv_heads}, S, {head_dim})"
+            )
+        check_dtype(name, rows, spec.row_dtype)
+    if keys.shape != values.shape:
+        raise LaunchError(f"keys have {keys.shape[2]} rows and values {values.shape[2]}: give both")
+    longest, capacity = int(np.max(cache.lengths)) + keys.shape[2], capacity_of(spec, cache)
+    if longest > capacity:
+        raise LaunchError(
+            f"{keys.shape[2]} more tokens make {longest}, but the cache has room for {capacity}: "
+            "allocate a larger one"
+        )
+
+
+def check_query(
+    spec: DecodeSpec, cache: CacheArrays, query: Array, state: HeadState, sinks: Array | None
+) -> None:
+    """Raise LaunchError unless query [B, H, D], hints [B, H] and sinks [H] fit the cache."""
+    batch, kv_heads, head_dim = cache.key_mean.shape
+    heads = kv_heads * spec.group
+    if tuple(query.shape) != (batch, heads, head_dim):
+        raise LaunchError(
+            f"query has shape {tuple(query.shape)}: this cache takes ({batch}, {heads}, {head_dim})"
+        )
+    check_dtype("query", query, spec.query_dtype)
+    for name in ("log_z", "spread", "theta"):
+        shape = tuple(getattr(state, name).shape)
+        if shape != (batch, heads):
+            raise LaunchError(f"state.{name} has shape {shape}: give ({batch}, {heads})")
+    if spec.sinks and (sinks is None or tuple(sinks.shape) != (heads,)):
+        given = None if sinks is None else tuple(sinks.shape)
+        raise LaunchError(f"sinks have shape {given}: give one logit a head, ({heads},)")
+    if not spec.sinks and sinks is not None:
+        raise LaunchError("sinks given to a spec without them: set DecodeSpec.sinks")
+
+
+def check_dtype(name: str, array: Array, dtype: str) -> None:
+    """Raise LaunchError unless a NumPy array holds the named dtype (bfloat16 as uint16)."""
+    wanted = "uint16" if dtype == "bfloat16" else dtype
+    if array.dtype != np.dtype(wanted):
+        pattern = ", as uint16 bit patterns" if dtype == "bfloat16" else ""
+        raise LaunchError(f"{name} are {array.dtype}: this spec takes {dtype}{pattern}")
+
+
+def _check_sizes(spec: DecodeSpec, batch: int, kv_heads: int, capacity: int, exact: int) -> None:
+    if batch < 1 or kv_heads < 1:
+        raise SpecError(f"{batch} sequences of {kv_heads} KV heads: give at least one of each")
+    if not 1 <= capacity <= MAX_TOKENS:
+        raise SpecError(f"capacity {capacity}: give 1 to {MAX_TOKENS} tokens")
+    if (exact > 0) != spec.exact_rows:
+        raise SpecError(
+            f"{exact} exact rows with DecodeSpec.exact_rows={spec.exact_rows}: set it exactly "
+            "where exact_first + exact_last is positive"
+        )
