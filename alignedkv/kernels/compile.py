@@ -216,8 +216,15 @@ def parse_resources(log: str) -> dict[str, Resources]:
 
 
 @functools.cache
-def load(spec: DecodeSpec, config: DecodeConfig, file: str, arch: str) -> Any:
-    """The compiled file as a ``cupy.RawModule``: built once per process, loaded once per GPU.
+def load(spec: DecodeSpec, config: DecodeConfig, file: str, arch: str, device: int) -> Any:
+    """The compiled file as a ``cupy.RawModule``, built and loaded once per process and GPU.
+
+    Parameters
+    ----------
+    spec, config, file, arch
+        As for `build`.
+    device : int
+        The current GPU.
 
     Raises
     ------

@@ -113,6 +113,28 @@ def default_config(spec: DecodeSpec, target: DeviceTarget) -> DecodeConfig:
     return first
 
 
+def splits_per_head(
+    config: DecodeConfig, target: DeviceTarget, *, heads: int, capacity: int
+) -> int:
+    """Blocks that share the tokens of one KV head.
+
+    Parameters
+    ----------
+    heads : int
+        KV heads of the batch, B Hkv.
+    capacity : int
+        Most tokens of a sequence.
+
+    Notes
+    -----
+    As many as fill the GPU ``waves`` times and no more: a started wave costs as much as a full one
+    (measured: one exact wave beats two and one half).  But none without a tile for each warp.
+    """
+    fitting = config.waves * config.blocks_per_sm * target.sm_count // heads
+    tiles = -(-capacity // (WARP * config.warps))
+    return max(1, min(fitting, tiles))
+
+
 def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     """Dynamic shared memory of a block of decode.cu; ``Shared`` there has the same parts."""
     row = [row_bytes(spec.channels, width) for width in spec.layout.widths[: spec.stored_planes]]

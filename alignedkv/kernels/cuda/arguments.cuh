@@ -84,3 +84,34 @@ struct DequantiseArguments {
   float* values;  // [B, Hkv, S, D]
   i32 tokens;     // S: tokens 0 .. S - 1; those past lengths[b] become 0
 };
+
+// What a step answers (arrays.py, DecodeResult).
+struct Result {
+  QueryBits* output;  // [B, H, D]
+  float* bound;       // [B, H]
+  float* size;        // [B, H]
+  u8* missed;         // [B, H]
+  u32* reads;         // [B, Hkv, 2, N]
+};
+
+// What the kernels of a step hand to one another; allocated once by launch.py (allocate_workspace),
+// all zero at first.
+struct Workspace {
+  float* partial_output;  // [B, Hkv, splits, G, C]
+  float* partial_sums;    // [B, Hkv, splits, G, 16]
+  u32* arrived;           // [B, Hkv] blocks of a head that are done
+};
+
+// prepare.cu and decode.cu: one step.  `state` holds the hints on entry and those for the next step on
+// return.
+struct DecodeArguments {
+  Cache cache;
+  NewRows rows;     // one row per head to append; tokens = 0 for none
+  State state;
+  Step step;
+  Workspace workspace;
+  Result result;
+  QueryBits* query;  // [B, H, D]
+  float* sinks;      // [H] or null: logit of each head's sink
+  i32 splits;        // blocks per KV head
+};
