@@ -5,13 +5,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import rational
 from hypothesis import given
-from rational import TOY
 
+import rational
 from alignedkv.analysis import bounds
 from alignedkv.errors import SpecError
 from alignedkv.formats import BF16, FP16, exponent
+from rational import TOY
 
 P = TOY.precision
 

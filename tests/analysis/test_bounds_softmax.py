@@ -9,19 +9,20 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import rational
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+import rational
 from alignedkv.analysis import bounds
 from alignedkv.errors import SpecError
 from alignedkv.formats import BF16, FP16, FP32, FloatFormat, round_scalar, round_to
 
-#: Ten bits less than fp32, and its exponents: no weight or probability in these tests underflows.
+#: Half of fp32's precision, and its exponents: no weight or probability in these tests underflows.
 COARSE = FloatFormat(name="coarse", bits=20, precision=12)
 U = COARSE.unit_roundoff
-SCORES = st.lists(st.integers(-640, 640).map(lambda m: m / 64), min_size=1, max_size=24)
+#: Numbers of the coarse format whose differences are not: the subtraction of the maximum rounds.
+SCORES = st.lists(st.integers(-4095, 4095).map(lambda m: m / 512), min_size=1, max_size=24)
 
 
 def softmax(scores):
@@ -31,6 +32,11 @@ def softmax(scores):
 
 def log_sum_exp(scores):
     return np.max(scores) + np.log(np.sum(np.exp(scores - np.max(scores))))
+
+
+def assert_between(error, bound, share):
+    """The bound holds, and the error reaches the given share of it."""
+    assert share * bound <= abs(error) <= bound
 
 
 def coarse_softmax(scores, add):
@@ -124,7 +130,7 @@ def test_one_token_is_exact_up_to_its_score_error():
     assert computed == 3.0
 
 
-def test_softmax_bounds_are_nearly_attained_by_score_errors():
+def test_score_errors_alone_attain_the_bounds():
     # One score too high, all others too low.
     e, T = 0.01, 4096
     errors = np.full(T, -e)
@@ -132,24 +138,70 @@ def test_softmax_bounds_are_nearly_attained_by_score_errors():
     scores = np.zeros(T)
     arithmetic = {"score_error": e, "exp_error": 0.0, "height": 12, "u": FP32.unit_roundoff}
     log_ratio = np.log(softmax(scores + errors) / softmax(scores))
-    assert log_ratio[0] >= 0.99 * bounds.softmax_error_bound(scores, **arithmetic)[0]
+    assert_between(log_ratio[0], bounds.softmax_error_bound(scores, **arithmetic)[0], 0.99)
 
-    shifted = log_sum_exp(scores - e) - log_sum_exp(scores)
+    shift = log_sum_exp(scores - e) - log_sum_exp(scores)
     bound = bounds.log_sum_exp_error_bound(scores, math.log(T), log_error=0.0, **arithmetic)
-    assert abs(shifted) >= 0.99 * bound
+    assert_between(shift, bound, 0.99)
 
 
-def test_softmax_bounds_are_nearly_attained_by_the_summation():
-    # Every weight but the first is absorbed by the running sum 1, where adding it is a tie or less.
+def test_subtracting_the_maximum_alone_comes_near_the_bounds():
+    # The difference is a tie just above 8 and loses u of itself.
+    scores, computed_differences = [0.0, -8 * (1 + U)], [0.0, -8.0]
+    arithmetic = {"score_error": 0.0, "exp_error": 0.0, "height": 1, "u": U}
+    log_ratio = np.log(softmax(computed_differences) / softmax(scores))
+    assert_between(log_ratio[1], bounds.softmax_error_bound(scores, **arithmetic)[1], 0.4)
+
+    # For the sum to feel it, the tokens far below the maximum must be many.
+    far = 10**6
+    error = math.log1p(far * math.exp(-8.0)) - math.log1p(far * math.exp(scores[1]))
+    computed = math.log1p(far * math.exp(-8.0))
+    bound = bounds.log_sum_exp_error_bound(scores, computed, log_error=0.0, **arithmetic)
+    assert_between(error, bound, 0.5)
+
+
+def test_the_exponential_alone_comes_near_the_bounds():
+    # One weight too large, all others too small.
+    x, T = 2.0**-8, 1024
+    weights = np.full(T, 1 - x)
+    weights[0] = 1 + x
+    arithmetic = {"score_error": 0.0, "exp_error": x, "height": 0, "u": 2.0**-53}
+    log_ratio = np.log(T * weights[0] / weights.sum())
+    assert_between(log_ratio, bounds.softmax_error_bound(np.zeros(T), **arithmetic)[0], 0.49)
+
+    computed = math.log(T * (1 - x))
+    bound = bounds.log_sum_exp_error_bound(np.zeros(T), computed, log_error=0.0, **arithmetic)
+    assert_between(computed - math.log(T), bound, 0.49)
+
+
+def test_the_summation_alone_comes_near_the_bounds():
+    # Every weight but the first is absorbed by the running sum 1: adding it is less than a tie.
     n, below = 101, math.floor(64 * math.log(U)) / 64
     scores = [0.0] + [below] * (n - 1)
     arithmetic = {"score_error": 0.0, "exp_error": U, "height": n - 1, "u": U}
     probabilities, computed, log_error = coarse_softmax(scores, rational.recursive_sum)
     assert computed == 0.0
     log_ratio = np.log(probabilities / softmax(scores))
-    assert log_ratio[0] >= 0.75 * bounds.softmax_error_bound(scores, **arithmetic)[0]
+    assert_between(log_ratio[0], bounds.softmax_error_bound(scores, **arithmetic)[0], 0.75)
     bound = bounds.log_sum_exp_error_bound(scores, computed, log_error=log_error, **arithmetic)
-    assert log_sum_exp(scores) >= 0.75 * bound
+    assert_between(log_sum_exp(scores), bound, 0.75)
+
+
+def test_division_alone_comes_near_the_bound():
+    # Three equal weights: 1/3 is rounded by up to u, relatively.
+    probabilities, _, _ = coarse_softmax([0.0] * 3, rational.pairwise_sum)
+    arithmetic = {"score_error": 0.0, "exp_error": 0.0, "height": 0, "u": U}
+    log_ratio = np.log(3 * probabilities[0])
+    assert_between(log_ratio, bounds.softmax_error_bound([0.0] * 3, **arithmetic)[0], 0.3)
+
+
+def test_the_logarithm_and_the_last_addition_attain_the_bound():
+    arithmetic = {"score_error": 0.0, "exp_error": 0.0, "height": 0, "u": U}
+    bound = bounds.log_sum_exp_error_bound([0.0], 0.01, log_error=0.01, **arithmetic)
+    assert_between(0.01, bound, 0.99)
+    # The log-sum-exp of one score is the score; 1 + u is a tie that the last addition rounds to 1.
+    bound = bounds.log_sum_exp_error_bound([1 + U], 1.0, log_error=0.0, **arithmetic)
+    assert_between(U, bound, 0.99)
 
 
 def test_softmax_bounds_reduce_the_axis_they_are_told():
@@ -201,7 +253,8 @@ def test_ordinary_attention_attains_its_bound():
     value = (1 + 3 * u) / (1 + 2 * u) * above
     probabilities, values = np.array([weight, 1 - weight]), np.array([[value], [0.0]])
     error = ordinary_attention(probabilities, values, BF16) - probabilities @ values
-    assert error >= 0.98 * bounds.ordinary_attention_error_bound(probabilities, values, u=u)
+    bound = bounds.ordinary_attention_error_bound(probabilities, values, u=u)
+    assert_between(error[0], bound[0], 0.98)
 
 
 @given(

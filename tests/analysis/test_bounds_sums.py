@@ -4,14 +4,14 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import rational
 from hypothesis import given
 from hypothesis import strategies as st
-from rational import TOY
 
+import rational
 from alignedkv.analysis import bounds
 from alignedkv.errors import SpecError
 from alignedkv.formats import FP16, FP32, FloatFormat
+from rational import TOY
 
 U = TOY.unit_roundoff
 

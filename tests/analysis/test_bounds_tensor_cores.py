@@ -4,13 +4,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import rational
 from hypothesis import given
 from hypothesis import strategies as st
-from rational import TOY
 
+import rational
 from alignedkv.analysis import bounds
 from alignedkv.errors import SpecError
+from rational import TOY
 
 U = TOY.unit_roundoff
 ALIGNMENT_BITS = (0, 1, 2, 3)
