@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from alignedkv.errors import CodegenError, LaunchError
 from alignedkv.kernels.arrays import Array, CacheArrays
 from alignedkv.kernels.codegen import CUDA_DIR, constant_name
+from alignedkv.kernels.device_array import ALIGNMENT, DeviceArray, check_dtype, check_place
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.planes import row_bytes
 
@@ -36,8 +37,6 @@ _NUMBERS: Final = {
     "double": "float64",
 }
 _POINTER: Final = np.dtype(np.uint64)
-#: Alignment that every array's address must have, bytes: the widest load of a kernel.
-ALIGNMENT: Final = 16
 
 _STRUCT = re.compile(r"^struct (\w+) \{$(.*?)^\};$", re.MULTILINE | re.DOTALL)
 _MEMBER = re.compile(
@@ -127,70 +126,6 @@ class Sizes:
             factors = (factor.strip() for factor in term.split("*"))
             out.append(math.prod(int(f) if f.isdecimal() else names[f] for f in factors))
         return tuple(out)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceArray:
-    """What a launch wants to know of a torch or CuPy array.
-
-    Attributes
-    ----------
-    address : int
-    shape, strides : tuple of int
-        Strides in elements.
-    dtype : str
-        NumPy's name, or "bfloat16".
-    device : int
-        Number of the GPU.
-    """
-
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
-    device: int
-
-    @classmethod
-    def of(cls, name: str, array: Array) -> DeviceArray:
-        """Look at an array.
-
-        Raises
-        ------
-        LaunchError
-            If it is no torch or CuPy array, or not on a GPU.
-        """
-        if hasattr(array, "data_ptr") and hasattr(array, "device"):
-            if array.device.type != "cuda":
-                raise LaunchError(f"{name} is on {array.device}: move it to the GPU of the cache")
-            return cls(
-                address=array.data_ptr(),
-                shape=tuple(array.shape),
-                strides=tuple(array.stride()),
-                dtype=str(array.dtype).removeprefix("torch."),
-                device=array.device.index,
-            )
-        if hasattr(array, "__cuda_array_interface__"):
-            return cls(
-                address=array.data.ptr,
-                shape=tuple(array.shape),
-                strides=tuple(step // array.itemsize for step in array.strides),
-                dtype=array.dtype.name,
-                device=array.device.id,
-            )
-        raise LaunchError(f"{name} is a {type(array).__name__}: give a torch or CuPy array")
-
-    def has_contiguous_rows(self) -> bool:
-        """Whether elements of the last dimension lie side by side."""
-        return self.shape[-1] == 1 or self.strides[-1] == 1
-
-    def is_contiguous(self) -> bool:
-        """Whether elements lie in order without gaps (dimensions of one element do not matter)."""
-        expected = 1
-        for extent, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if extent != 1 and stride != expected:
-                return False
-            expected *= extent
-        return True
 
 
 @functools.cache
@@ -327,19 +262,49 @@ def _address(
     return seen.address
 
 
-def check_dtype(name: str, array: DeviceArray, dtype: str) -> None:
-    """Raise LaunchError unless an array holds the named dtype (bfloat16 also as uint16)."""
-    allowed = (dtype, "uint16") if dtype == "bfloat16" else (dtype,)
-    if array.dtype not in allowed:
-        raise LaunchError(f"{name} is {array.dtype}: give {' or '.join(allowed)}")
+def cache_values(spec: DecodeSpec, cache: CacheArrays) -> dict[str, Any]:
+    """Values of ``struct Cache``.
+
+    Raises
+    ------
+    LaunchError
+        If a part that the spec needs is missing, or one that it does not know is given.
+    """
+    for name, wanted in (
+        ("block_table", spec.page_tokens is not None),
+        ("exact_keys", spec.exact_rows),
+        ("exact_values", spec.exact_rows),
+    ):
+        if (getattr(cache, name) is not None) != wanted:
+            given = "given" if not wanted else "missing"
+            raise LaunchError(
+                f"{name} is {given}, but the spec has page_tokens={spec.page_tokens} and "
+                f"exact_rows={spec.exact_rows}: allocate the cache from the same spec"
+            )
+    names = Sizes.of(spec, cache).names
+    return {
+        **as_mapping(cache),
+        "kv_heads": names["Hkv"],
+        "capacity": names["T"],
+        "max_pages": names["max_pages"],
+    }
 
 
-def check_place(name: str, array: DeviceArray, device: int, alignment: int = ALIGNMENT) -> None:
-    """Raise LaunchError unless an array is on the device and begins at an aligned address."""
-    if array.device != device:
-        raise LaunchError(f"{name} is on GPU {array.device}: move it to GPU {device}")
-    if array.address % alignment:
-        raise LaunchError(
-            f"{name} begins at address {array.address:#x}: give one that is a multiple of "
-            f"{alignment}, such as a copy has"
-        )
+def new_rows(keys: Array, values: Array) -> dict[str, Any]:
+    """Values of ``struct NewRows`` for keys and values [B, Hkv, S, D]."""
+    seen = {name: DeviceArray.of(name, rows) for name, rows in (("keys", keys), ("values", values))}
+    for name, rows in seen.items():
+        if len(rows.shape) != 4:
+            raise LaunchError(f"{name} has shape {rows.shape}: give [B, Hkv, S, D]")
+    return {
+        "keys": keys,
+        "values": values,
+        "key_strides": seen["keys"].strides[:3],
+        "value_strides": seen["values"].strides[:3],
+        "tokens": seen["keys"].shape[2],
+    }
+
+
+def as_mapping(part: object) -> dict[str, Any]:
+    """A dataclass as the mapping that `pack` takes; values are not copied."""
+    return {f.name: getattr(part, f.name) for f in fields(part)}  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ struct DequantiseArguments {
   Cache cache;
   float* keys;    // [B, Hkv, S, D]
   float* values;  // [B, Hkv, S, D]
-  i32 tokens;     // S: tokens 0 .. S - 1; those past lengths[b] become 0
+  i32 tokens;     // S: tokens 0 .. S - 1; those that nobody attends to become 0
 };
 
 // What a step answers (arrays.py, DecodeResult).
@@ -102,7 +102,7 @@ struct Workspace {
   u32* arrived;           // [B, Hkv] blocks of a head that are done
 };
 
-// prepare.cu and decode.cu: one step.  `state` holds the hints on entry and those for the next step on
+// prepare.cu and decode.cu: one step.  `state` holds its hints on entry, those of the next step on
 // return.
 struct DecodeArguments {
   Cache cache;

@@ -1,4 +1,5 @@
-// All stored planes back to rows, for chunked prefill and for queries of several tokens.
+// All stored planes, or the exact row, back to rows: for chunked prefill and for queries of
+// several tokens.
 
 #include "rows.cuh"
 
@@ -24,11 +25,22 @@ extern "C" __global__ void __launch_bounds__(kDequantiseThreads)
   const int sequence = blockIdx.y / cache.kv_heads, head = blockIdx.y % cache.kv_heads;
   const i64 of_head = head_index(cache, sequence, head);
   const i64 out = (of_head * arguments.tokens + token) * kHeadDim;
+  const int start = cache.starts[sequence], length = cache.lengths[sequence];
   float x[kPerLane] = {};
-  if (token >= min(cache.lengths[sequence], cache.capacity)) {
+  if (token < start || token >= min(length, cache.capacity)) {
     store_row(arguments.keys + out, x);
     store_row(arguments.values + out, x);
     return;
+  }
+  if constexpr (kExactRows) {
+    const int slot = exact_slot(cache, token, start, length);
+    if (slot >= 0) {
+      load_row<kRowDtype>(x, cache.exact_keys + exact_offset(cache, of_head, slot));
+      store_row(arguments.keys + out, x);
+      load_row<kRowDtype>(x, cache.exact_values + exact_offset(cache, of_head, slot));
+      store_row(arguments.values + out, x);
+      return;
+    }
   }
   const i64 row = row_index(cache, sequence, head, token);
   const u32 scales = cache.scales[row];

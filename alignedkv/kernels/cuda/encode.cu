@@ -29,9 +29,9 @@ extern "C" __global__ void __launch_bounds__(kEncodeThreads)
                new_row(rows.values, rows.value_strides, sequence, head, i), words[warp]);
 }
 
-// Count the tokens that `encode` has written.  grid: 1; block: B threads or a loop of them
-extern "C" __global__ void advance(i32* lengths /* [B] */, i32 batch, i32 tokens) {
-  for (int b = threadIdx.x; b < batch; b += blockDim.x) lengths[b] += tokens;
+// Count the tokens that `encode` has written.  grid: B; block: 1
+extern "C" __global__ void advance(const __grid_constant__ EncodeArguments arguments) {
+  arguments.cache.lengths[blockIdx.x] += arguments.rows.tokens;
 }
 
 // ---- statistics ---------------------------------------------------------------------------------

@@ -204,7 +204,8 @@ __device__ __forceinline__ u32 encode_row(
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     const int c = channel(i, lane);
-    const float steps = __fmul_rn(__fdiv_rn(x[i], g), static_cast<float>(1 << kScaleShift));
+    const float scaled = finite ? __fdiv_rn(x[i], g) : 0.0f;
+    const float steps = __fmul_rn(scaled, static_cast<float>(1 << kScaleShift));
     const float offset = static_cast<float>(dither[c]) * (1.0f / (1 << kDitherFractionBits));
     const int word = __float2int_rd(__fadd_rn(steps, offset)) + 32768;
     words.of[c] = static_cast<u16>(min(max(word, 0), 65535));

@@ -1,0 +1,225 @@
+"""Where kernels run: a GPU and a stream, and the launch itself.
+
+Launches go to the driver's ``cuLaunchKernelEx``: arguments are one struct passed by value, and a
+kernel may be let start while the one before it in the stream still runs (programmatic dependent
+launch), which CuPy's own launch has no word for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignedkv.errors import LaunchError
+from alignedkv.kernels import compile as compiling
+from alignedkv.kernels.arrays import Array
+from alignedkv.kernels.config import DecodeConfig, check_legal, default_config
+from alignedkv.kernels.device_array import DeviceArray
+from alignedkv.kernels.spec import DecodeSpec
+from alignedkv.kernels.target import DeviceTarget
+
+#: Shared memory that a block gets without asking for more, bytes.
+SHARED_WITHOUT_ASKING: Final = 48 << 10
+#: First compute capability with programmatic dependent launch.
+_OVERLAP_CAPABILITY: Final = (9, 0)
+_SUCCESS: Final = 0
+_PROGRAMMATIC_STREAM_SERIALIZATION: Final = 6  # CU_LAUNCH_ATTRIBUTE_...
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """``CUlaunchAttribute``: its value is a union of 64 bytes, of which one int is used here."""
+
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("pad", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
+
+
+class _LaunchConfig(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_LaunchAttribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A GPU, a stream on it, and the kernels that serve a spec there.
+
+    Attributes
+    ----------
+    spec : DecodeSpec
+    config : DecodeConfig
+    target : DeviceTarget
+    device : int
+    stream : cupy.cuda.Stream or ExternalStream
+    """
+
+    spec: DecodeSpec
+    config: DecodeConfig
+    target: DeviceTarget
+    device: int
+    stream: Any
+
+    @classmethod
+    def of(
+        cls, spec: DecodeSpec, array: Array, config: DecodeConfig | None, stream: int | None
+    ) -> Place:
+        """The GPU of ``array``, with the default config and CuPy's current stream if not given.
+
+        Raises
+        ------
+        CodegenError
+            If the config is not legal for the spec on that GPU.
+        LaunchError
+            If the array is on no GPU.
+        """
+        import cupy
+
+        device = DeviceArray.of("the cache", array).device
+        target = device_target(device)
+        if config is None:
+            config = _default_config(spec, target)
+        else:
+            _check_legal(spec, config, target)
+        if stream is not None:
+            on = _external_stream(stream)
+        else:
+            with cupy.cuda.Device(device):
+                on = cupy.cuda.get_current_stream()
+        return cls(spec=spec, config=config, target=target, device=device, stream=on)
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Zeroed CuPy array; bfloat16 as uint16 bit patterns."""
+        import cupy
+
+        with cupy.cuda.Device(self.device), self.stream:
+            return cupy.zeros(shape, "uint16" if dtype == "bfloat16" else dtype)
+
+    def launch(
+        self,
+        file: str,
+        kernel: str,
+        arguments: NDArray[np.void],
+        *,
+        grid: tuple[int, int],
+        block: tuple[int, int],
+        shared_bytes: int = 0,
+        overlapping: bool = False,
+    ) -> None:
+        """Launch a kernel with one struct as its argument.
+
+        Parameters
+        ----------
+        file, kernel : str
+            Such as "encode.cu", "encode".
+        arguments : structured array []
+            `arguments.pack` of the struct that the kernel takes.
+        grid, block : pair of int
+            Blocks; threads.
+        shared_bytes : int
+            Dynamic shared memory of a block.
+        overlapping : bool
+            The kernel may start while the one before it still runs; it waits itself
+            (``await_previous_kernel``) where it needs that one's results.  Without effect on GPUs
+            that cannot.
+
+        Raises
+        ------
+        LaunchError
+            If the driver refuses.
+        """
+        import cupy
+
+        with cupy.cuda.Device(self.device):
+            function, _ = _function(
+                self.spec, self.config, file, kernel, self.target.arch, self.device, shared_bytes
+            )
+            overlaps = overlapping and self.target.compute_capability >= _OVERLAP_CAPABILITY
+            attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+            setup = _LaunchConfig(
+                grid=(*grid, 1),
+                block=(*block, 1),
+                shared_bytes=shared_bytes,
+                stream=self.stream.ptr,
+                attributes=ctypes.pointer(attribute),
+                attribute_count=int(overlaps),
+            )
+            parameters = (ctypes.c_void_p * 1)(arguments.ctypes.data)
+            status = _driver().cuLaunchKernelEx(
+                ctypes.byref(setup), ctypes.c_void_p(function), parameters, None
+            )
+        if status != _SUCCESS:
+            raise LaunchError(
+                f"{kernel}, grid {grid}, block {block}, {shared_bytes} bytes of shared memory: the "
+                f"driver says {_error_name(status)}. Spec: {self.spec}; config: {self.config}"
+            )
+
+
+@functools.cache
+def device_target(device: int) -> DeviceTarget:
+    """Facts of a GPU of this machine."""
+    from cupy.cuda import runtime
+
+    return DeviceTarget.from_properties(runtime.getDeviceProperties(device))
+
+
+@functools.cache
+def _default_config(spec: DecodeSpec, target: DeviceTarget) -> DecodeConfig:
+    return default_config(spec, target)
+
+
+@functools.cache
+def _check_legal(spec: DecodeSpec, config: DecodeConfig, target: DeviceTarget) -> None:
+    check_legal(spec, config, target)
+
+
+@functools.cache
+def _external_stream(handle: int) -> Any:
+    import cupy
+
+    return cupy.cuda.ExternalStream(handle)
+
+
+@functools.cache
+def _function(
+    spec: DecodeSpec,
+    config: DecodeConfig,
+    file: str,
+    kernel: str,
+    arch: str,
+    device: int,
+    shared_bytes: int,
+) -> tuple[int, Any]:
+    """Handle of a kernel that may use ``shared_bytes`` on ``device`` (the current one), and owner."""
+    raw = compiling.load(spec, config, file, arch, device).get_function(kernel)
+    if shared_bytes > SHARED_WITHOUT_ASKING:
+        raw.max_dynamic_shared_size_bytes = shared_bytes
+    return int(raw.kernel.ptr), raw
+
+
+@functools.cache
+def _driver() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise LaunchError(f"no CUDA driver: {error}. Install the driver of the GPU") from error
+
+
+def _error_name(status: int) -> str:
+    name = ctypes.c_char_p()
+    _driver().cuGetErrorName(status, ctypes.byref(name))
+    return (name.value or b"error %d" % status).decode()
