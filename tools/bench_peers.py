@@ -40,6 +40,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def as_power(error: float) -> str:
+    """An error as a power of two, nine characters wide."""
+    return f"2^{math.log2(error):<7.1f}" if error else "0        "
+
+
 def describe(result: PeerResult, shape: DecodeShape, bandwidth: float) -> str:
     """One line of the table."""
     if result.timing is None or result.error is None:
@@ -49,7 +54,7 @@ def describe(result: PeerResult, shape: DecodeShape, bandwidth: float) -> str:
     return (
         f"{result.name:30} {timing.median_us:8.1f} {timing.p10_us:8.1f} {timing.p90_us:8.1f}"
         f" {100 * floor_us / timing.median_us:8.0f} %"
-        f"   2^{math.log2(error.rms):6.1f}   2^{math.log2(error.max):6.1f}"
+        f"   {as_power(error.rms)} {as_power(error.max)}"
     )
 
 
@@ -80,9 +85,7 @@ def main(argv: list[str]) -> int:
         reference = reference_output(inputs)
         print(f"\n{shape}")
         print(
-            f"{'':30} {'us':>8} {'p10':>8} {'p90':>8} {'of floor':>10}"
-            f"   {'error rms':>8}  {'max':>8}",
-            flush=True,
+            f"{'':30} {'us':>8} {'p10':>8} {'p90':>8} {'of bytes':>10}   error rms max", flush=True
         )
         results = []
         for peer in peers:
