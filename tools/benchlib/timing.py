@@ -25,10 +25,12 @@ _WARM_REPLAYS = 3
 
 _READ_BYTES = 2 << 30
 
+_READ_BLOCKS_PER_SM = 4
+
 _READ_SOURCE = r"""
 // Sums `count` 16-byte words.  The sum is written only if it takes one value, so the loads stay and
 // nothing else moves: what is timed is reading.
-extern "C" __global__ void read_all(
+extern "C" __global__ void __launch_bounds__(256, 4) read_all(
     const uint4* __restrict__ words,   // [count]
     unsigned long long count,
     unsigned* __restrict__ sink        // [1]
@@ -179,7 +181,8 @@ def read_bandwidth(*, replays: int = 10) -> float:
     )
     sink = torch.zeros(1, dtype=torch.int32, device="cuda")
     kernel = cupy.RawKernel(_READ_SOURCE, "read_all")
-    blocks = 8 * torch.cuda.get_device_properties(words.device).multi_processor_count
+    processors = torch.cuda.get_device_properties(words.device).multi_processor_count
+    blocks = _READ_BLOCKS_PER_SM * processors
     arguments: tuple[Any, ...] = (
         cupy.uint64(words.data_ptr()),
         cupy.uint64(_READ_BYTES // 16),
