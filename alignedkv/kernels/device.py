@@ -204,7 +204,7 @@ def _function(
     device: int,
     shared_bytes: int,
 ) -> tuple[int, Any]:
-    """Handle of a kernel that may use ``shared_bytes`` on ``device`` (the current one), and owner."""
+    """Handle and owner of a kernel that may use ``shared_bytes`` on the current device."""
     raw = compiling.load(spec, config, file, arch, device).get_function(kernel)
     if shared_bytes > SHARED_WITHOUT_ASKING:
         raw.max_dynamic_shared_size_bytes = shared_bytes

@@ -1,0 +1,100 @@
+"""The gate without a GPU: every kernel compiles for every architecture, and none spills.
+
+A representative matrix by default; ``--slow`` takes all values of the spec.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from alignedkv.kernels.codegen import CUDA_DIR
+from alignedkv.kernels.compile import build
+from alignedkv.kernels.config import configurations, default_config
+from alignedkv.kernels.spec import (
+    DTYPES,
+    HEAD_DIMS,
+    LAYOUTS,
+    MAX_GROUP,
+    MIN_STORED_PLANES,
+    PAGE_TOKENS,
+    DecodeSpec,
+)
+from alignedkv.kernels.target import SM90, TARGETS, DeviceTarget
+from alignedkv.planes import PlaneLayout
+from alignedkv.policy import BoundKind
+
+FILES = sorted(path.name for path in CUDA_DIR.glob("*.cu"))
+
+#: What models in use need, and each option of the spec at least once.
+REPRESENTATIVE = (
+    DecodeSpec(head_dim=128, group=4),
+    DecodeSpec(head_dim=64, group=3, bound=BoundKind.DETERMINISTIC, query_dtype="float32"),
+    DecodeSpec(head_dim=80, group=1, layout=PlaneLayout.parse("4|4|8"), stored_planes=2),
+    DecodeSpec(head_dim=96, group=8, row_dtype="float16", page_tokens=16, sinks=True),
+    DecodeSpec(head_dim=192, group=2, stored_planes=3, exact_rows=True, row_dtype="float32"),
+    DecodeSpec(head_dim=256, group=16, softcap=True, page_tokens=256, dither_rows=256),
+    DecodeSpec(head_dim=128, group=7, layout=PlaneLayout.parse("4|2|2|8"), sample_values=True),
+    DecodeSpec(head_dim=128, group=4, bound=BoundKind.STATISTICAL, dither_rows=256),
+)
+
+
+def every_spec() -> Iterator[DecodeSpec]:
+    """All shapes with the default options, and all options with the default shape."""
+    for head_dim, group in itertools.product(HEAD_DIMS, range(1, MAX_GROUP + 1)):
+        yield DecodeSpec(head_dim=head_dim, group=group)
+    for text in LAYOUTS:
+        layout = PlaneLayout.parse(text)
+        for head_dim, stored in itertools.product(
+            HEAD_DIMS, range(MIN_STORED_PLANES, len(layout) + 1)
+        ):
+            yield DecodeSpec(head_dim=head_dim, group=4, layout=layout, stored_planes=stored)
+    for query, row, page in itertools.product(DTYPES, DTYPES, (None, *PAGE_TOKENS)):
+        yield DecodeSpec(head_dim=128, group=4, query_dtype=query, row_dtype=row, page_tokens=page)
+    switches = ("softcap", "sinks", "exact_rows", "sample_values")
+    for bound, rows, on in itertools.product(
+        BoundKind, (32, 64, 128, 256), itertools.product((False, True), repeat=len(switches))
+    ):
+        options = dict(zip(switches, on, strict=True))
+        unsound = options["sample_values"] and bound is BoundKind.DETERMINISTIC
+        if not unsound and not (options["softcap"] and bound is BoundKind.STATISTICAL):
+            yield DecodeSpec(head_dim=128, group=4, bound=bound, dither_rows=rows, **options)
+
+
+def check(spec: DecodeSpec, target: DeviceTarget, file: str) -> None:
+    config = default_config(spec, target)
+    resources = build(spec, config, file, target.arch).resources
+    assert resources, f"{file} has no kernel"
+    for kernel, taken in resources.items():
+        assert taken.registers > 0
+        assert taken.spill_store_bytes == taken.spill_load_bytes == 0, (kernel, taken, spec)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("spec", REPRESENTATIVE, ids=lambda s: f"D{s.head_dim}-G{s.group}")
+def test_no_spills_on_the_main_target(spec: DecodeSpec, file: str) -> None:
+    check(spec, SM90, file)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.arch)
+def test_no_spills_anywhere(target: DeviceTarget, file: str) -> None:
+    for spec in REPRESENTATIVE[:2]:
+        check(spec, target, file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.arch)
+def test_no_spills_at_all(target: DeviceTarget, file: str) -> None:
+    for spec in every_spec():
+        check(spec, target, file)
+
+
+@pytest.mark.slow
+def test_every_configuration_compiles() -> None:
+    spec = REPRESENTATIVE[0]
+    for config in configurations(spec, SM90):
+        assert build(spec, config, "decode.cu", SM90.arch).resources
