@@ -51,10 +51,10 @@ def addend_bits(number_format: FloatFormat, x: ArrayLike, *, axis: int = -1) -> 
 
     Notes
     -----
-    theory.md, Lemma 15. An addend read as the middle of all numbers with its sign, exponent and
-    `bits` leading bits is off by at most `addend_error`. All such errors together change the exact
-    sum by at most `error_bound`: what the summation itself may lose anyway, plus half an ulp of
-    S_2. Round to nearest, no overflow.
+    theory.md, Lemma 15. An addend with all p bits is exact; one read as the middle of all numbers
+    with its sign, exponent and `bits` leading bits is off by at most `addend_error`. All such
+    errors together change the exact sum by at most `error_bound`: what the summation itself may
+    lose anyway, plus half an ulp of S_2. Round to nearest, no overflow.
     """
     x = np.asarray(x, dtype=np.float64)
     met = np.moveaxis(running_sum(number_format, x, axis=axis).partial_sums, axis, 0).copy()
