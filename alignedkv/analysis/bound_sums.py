@@ -178,8 +178,13 @@ def estimate_bound(
 
 def growth(relative: NDArray[np.float64], error: NDArray[np.float64]) -> NDArray[np.float64]:
     """w (exp(e) - 1) for w = exp(relative): as one exponential where e is large."""
-    large = np.exp(np.minimum(relative + error, _LARGEST_EXPONENT)) - np.exp(relative)
-    return np.where(error < 1, np.exp(relative) * np.expm1(np.minimum(error, 1)), large)
+    weight = np.exp(relative)
+    grown = weight * np.expm1(np.minimum(error, 1))
+    large = error > 1
+    if large.any():
+        exponent = np.minimum(relative[large] + error[large], _LARGEST_EXPONENT)
+        grown[large] = np.exp(exponent) - weight[large]
+    return grown
 
 
 def squared_growth(

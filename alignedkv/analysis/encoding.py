@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +31,7 @@ STATISTICS_ROWS = 16384
 _LARGEST_CENTRED = BF16.max / 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class StoredRows:
     """Keys or values of one head as planes; `planes.DigitPlanes` without a dither row per token.
 
@@ -55,18 +56,18 @@ class StoredRows:
     layout: PlaneLayout
     stored: int
 
-    @property
+    @cached_property
     def scale(self) -> NDArray[np.float64]:
         """g, the step of the first plane [T]."""
         return bf16_to_float32(self.scale_bits).astype(np.float64)
 
-    @property
+    @cached_property
     def unit(self) -> NDArray[np.float64]:
         """f, the step of a word's last bit [T]."""
         unit: NDArray[np.float64] = np.ldexp(self.scale, -self.layout.scale_shift)
         return unit
 
-    @property
+    @cached_property
     def dither(self) -> NDArray[np.float64]:
         """The dither rows in units of a word's last bit [P, C]."""
         return self.table.astype(np.float64) * 2.0**-DITHER_FRACTION_BITS

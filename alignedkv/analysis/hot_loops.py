@@ -244,6 +244,19 @@ def weighted_rows(
 
 
 @_compiled_sums
+def weighted_exact_rows(
+    weights: NDArray[np.float64], rows: NDArray[np.float32], out: NDArray[np.float64]
+) -> None:
+    """Sum of w_t v'_t over the tokens, v' exactly: `weighted_rows` of weights [G, T]."""
+    group, tokens = weights.shape
+    for t in range(tokens):
+        for g in range(group):
+            weight = weights[g, t]
+            for i in range(out.shape[1]):
+                out[g, i] += weight * rows[t, i]
+
+
+@_compiled_sums
 def channel_deviations(
     linear: NDArray[np.float64],
     square: NDArray[np.float64],

@@ -77,6 +77,8 @@ def sampled_sums(
         pi.
     """
     sampled = (probability > 0) & (probability < 1)
+    if not sampled.any():
+        return np.zeros(len(weight)), np.zeros(len(weight))
     share = weight * np.where(sampled, largest, 0.0)
     odds = 1.0 / np.where(sampled, probability, 1.0)
     return share**2 @ (odds - 1), (share * odds).max(axis=1, initial=0.0)

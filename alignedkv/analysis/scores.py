@@ -101,7 +101,8 @@ class PositionScores:
     @cached_property
     def centred_output(self) -> NDArray[np.float64]:
         """Exact sum of p v' [G, D]."""
-        total: NDArray[np.float64] = self.probability @ self.centred.astype(np.float64)
+        total = np.zeros((len(self.exact), self.encoded.case.head_dim))
+        hot_loops.weighted_exact_rows(self.probability, self.centred, total)
         return total
 
     @cached_property

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from alignedkv.analysis.bound_sums import growth
 from alignedkv.analysis.plan import Decisions, Plan
 from alignedkv.analysis.reading import Reading
 from alignedkv.analysis.sampling import (
@@ -125,7 +124,8 @@ def statistical_bound(
     left = 1 - 0.5 * (weight * reading.score_deviation**2).sum(axis=1) - linear_of_one
     denominator = left - ones.second_order(z)
     base = scores.base_error.max(axis=1)
-    shifts = (growth(np.zeros_like(base)[:, None], scores.base_error) * weight * size).sum(axis=1)
+    with np.errstate(over="ignore"):
+        shifts = (np.expm1(scores.base_error) * weight * size).sum(axis=1)
     values = _value_part(reading, z) + np.exp(base) * shifts
     numerator = linear + total.second_order(z) + np.maximum(left, 0) * values
     with np.errstate(divide="ignore", invalid="ignore"):
