@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from alignedkv.errors import CodegenError, LaunchError
 from alignedkv.kernels.arrays import Array, CacheArrays
 from alignedkv.kernels.codegen import CUDA_DIR, constant_name
 from alignedkv.kernels.device_array import ALIGNMENT, DeviceArray, check_dtype, check_place
+from alignedkv.kernels.footprint import partial_floats, query_bytes
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.planes import row_bytes
 
@@ -36,6 +37,7 @@ _NUMBERS: Final = {
     "float": "float32",
     "double": "float64",
 }
+Zeros = Callable[[tuple[int, ...], str], Array]
 _POINTER: Final = np.dtype(np.uint64)
 
 _STRUCT = re.compile(r"^struct (\w+) \{$(.*?)^\};$", re.MULTILINE | re.DOTALL)
@@ -110,6 +112,8 @@ class Sizes:
             "P": spec.dither_rows,
             "max_pages": pages,
             "exact_slots": cache.exact_first + cache.exact_last,
+            "query_bytes": query_bytes(spec),
+            "partial_floats": partial_floats(spec),
             **more,
         }
         plane_bytes = tuple(row_bytes(spec.channels, width) for width in widths)
@@ -196,6 +200,25 @@ def member_dtype(member: Member, spec: DecodeSpec) -> str:
     if member.type == "QueryBits":
         return spec.query_dtype
     return _NUMBERS[member.type]
+
+
+def allocate_struct(
+    struct: str, spec: DecodeSpec, sizes: Sizes, zeros: Zeros, *, without: Container[str] = ()
+) -> dict[str, Array]:
+    """Zeroed arrays of the declared dtypes and shapes, one per pointer of a struct.
+
+    Parameters
+    ----------
+    zeros : callable
+        ``zeros(shape, dtype)`` -> zeroed array.
+    without : names
+        Of pointers that are not wanted.
+    """
+    return {
+        member.name: zeros(sizes.shape(member.shape or ()), member_dtype(member, spec))
+        for member in structs()[struct]
+        if member.pointer and member.name not in without
+    }
 
 
 def pack(

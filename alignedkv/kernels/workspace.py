@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from alignedkv.kernels.arguments import Sizes, member_dtype, structs
+from alignedkv.kernels.arguments import Sizes, Zeros, allocate_struct
 from alignedkv.kernels.arrays import Array, CacheArrays, DecodeResult, HeadState
 from alignedkv.kernels.config import DecodeConfig, splits_per_head
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
-
-Zeros = Callable[[tuple[int, ...], str], Array]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,11 +60,3 @@ def allocate_workspace(
         ),
         splits=splits,
     )
-
-
-def allocate_struct(struct: str, spec: DecodeSpec, sizes: Sizes, zeros: Zeros) -> dict[str, Array]:
-    """Zeroed arrays of the declared dtypes and shapes, one per member of a struct of pointers."""
-    return {
-        member.name: zeros(sizes.shape(member.shape or ()), member_dtype(member, spec))
-        for member in structs()[struct]
-    }

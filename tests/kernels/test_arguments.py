@@ -62,8 +62,8 @@ def cache(spec: DecodeSpec, **sizes: Any) -> CacheArrays:
 
 
 @pytest.mark.parametrize("spec", [SPEC, PAGED], ids=["contiguous", "paged"])
-def test_the_compiler_agrees_on_every_offset(spec: DecodeSpec) -> None:
-    """static_assert of sizeof and of each offset, compiled: a difference would not compile."""
+def test_the_compiler_agrees_on_every_layout(spec: DecodeSpec) -> None:
+    """Sizes and alignments of all members, and so their offsets: a difference would not compile."""
     lines = [prologue(spec, DecodeConfig()), arguments.CUDA_DIR.joinpath("dtypes.cuh").read_text()]
     declared = arguments.CUDA_DIR.joinpath("arguments.cuh").read_text()
     lines.append(re.sub(r"#include .*", "", declared))
@@ -71,8 +71,10 @@ def test_the_compiler_agrees_on_every_offset(spec: DecodeSpec) -> None:
         dtype = layout(name, spec)
         lines.append(f"static_assert(sizeof({name}) == {dtype.itemsize});")
         for member in structs()[name]:
-            offset = dtype.fields[member.name][1]
-            lines.append(f"static_assert(__builtin_offsetof({name}, {member.name}) == {offset});")
+            kind = dtype.fields[member.name][0]
+            of = f"decltype({name}::{member.name})"
+            lines.append(f"static_assert(sizeof({of}) == {kind.itemsize});")
+            lines.append(f"static_assert(alignof({of}) == {kind.base.alignment});")
     compile_text("\n".join(lines), "arguments.cuh", "sm_90")
 
 

@@ -26,7 +26,8 @@ from alignedkv.kernels.target import SM90, TARGETS, DeviceTarget
 from alignedkv.planes import PlaneLayout
 from alignedkv.policy import BoundKind
 
-FILES = sorted(path.name for path in CUDA_DIR.glob("*.cu"))
+PAPER = "paper.cu"
+FILES = sorted(path.name for path in CUDA_DIR.glob("*.cu") if path.name != PAPER)
 
 #: What models in use need, and each option of the spec at least once.
 REPRESENTATIVE = (
@@ -83,6 +84,13 @@ def test_no_spills_on_the_main_target(spec: DecodeSpec, file: str) -> None:
 def test_no_spills_anywhere(target: DeviceTarget, file: str) -> None:
     for spec in REPRESENTATIVE[:2]:
         check(spec, target, file)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.arch)
+@pytest.mark.parametrize("group", [1, 4, MAX_GROUP])
+def test_no_spills_in_the_papers_kernel(group: int, target: DeviceTarget) -> None:
+    spec = DecodeSpec(head_dim=128, group=group, query_dtype="float16", row_dtype="float16")
+    check(spec, target, PAPER)
 
 
 @pytest.mark.slow

@@ -97,9 +97,13 @@ struct Result {
 // What the kernels of a step hand to one another; allocated once by launch.py (allocate_workspace),
 // all zero at first.
 struct Workspace {
-  float* partial_output;  // [B, Hkv, splits, G, C]
-  float* partial_sums;    // [B, Hkv, splits, G, 16]
-  u32* arrived;           // [B, Hkv] blocks of a head that are done
+  u8* queries;         // [B, Hkv, query_bytes] `Query` of query.cuh
+  float* partials;     // [B, Hkv, splits, partial_floats] `Partial` of merge.cuh
+  float* retry_theta;  // [B, H] theta of the next pass
+  u32* retry;          // [B, Hkv] whether a head of the group missed
+  u32* arrived;        // [B, Hkv] blocks of a head that are done
+  u32* prepared;       // [B] blocks of prepare.cu that are done, of a sequence
+  u32* all_prepared;   // [1] and of all
 };
 
 // prepare.cu and decode.cu: one step.  `state` holds its hints on entry, those of the next step on
@@ -114,4 +118,37 @@ struct DecodeArguments {
   QueryBits* query;  // [B, H, D]
   float* sinks;      // [H] or null: logit of each head's sink
   i32 splits;        // blocks per KV head
+  i32 pass;          // 0, or which of step.repairs over the heads that missed
+};
+
+// paper.cu.  Tiles of keys hold 128 tokens.
+struct PaperArguments {
+  u16* keys;              // [B, Hkv, T, D] or null: fp16, of paper_encode alone
+  u16* values;            // [B, Hkv, T, D] or null
+  u8* key_high;           // [B, Hkv, key_tiles, D, 128]
+  u8* key_middle;         // [B, Hkv, key_tiles, D, 64]
+  u8* key_low;            // [B, Hkv, key_tiles, D, 64]
+  u8* value_high;         // [B, Hkv, T, D]
+  u8* value_middle;       // [B, Hkv, T, half_dim]
+  u8* value_low;          // [B, Hkv, T, half_dim]
+  float* key_largest;     // [B, Hkv, D] max |k| of each channel
+  u16* value_largest;     // [B, Hkv, T] max |v| of each token, fp16
+  i32* lengths;           // [B]
+  QueryBits* query;       // [B, H, D] or null: of the other kernels
+  float* size;            // [B, H] or null: max |o| as far as it is known beforehand
+  i32* channel_order;     // [B, Hkv, D] descending in planes read
+  float* scores;          // [B, H, T]
+  float* split_largest;   // [B, H, splits]
+  float* split_sum;       // [B, H, splits]
+  float* partial_output;  // [B, H, splits, D]
+  float* output;          // [B, H, D]
+  u32* reads;             // [B, Hkv, 2, 3] key channels, value rows of which a plane was read
+  i32 kv_heads;           // Hkv
+  i32 capacity;           // T
+  i32 splits;             // blocks per KV head
+  float scaling;          // lambda
+  i32 key_gap_of_two;     // exponents below the largest channel from which two planes do
+  i32 key_gap_of_one;     // ... from which one does
+  i32 value_gap_of_two;   // exponents below the output
+  i32 value_gap_of_one;
 };

@@ -9,6 +9,8 @@ using i16 = short;
 using i32 = int;
 using i64 = long long;
 
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+
 // How a number of a dtype lies in memory.
 template <Float kDtype>
 struct Storage {

@@ -1,0 +1,407 @@
+// The decode step of the AlignedKV paper (arXiv 2409.16546), so that its claims can be measured on
+// today's GPUs: keys and values in fp16, cut into planes of 8, 4 and 4 bits.
+//
+//   bits 15 .. 8  high    sign, exponent, two bits of fraction
+//   bits  7 .. 4  middle
+//   bits  3 .. 0  low
+//
+// Keys are read with as many planes per channel, values with as many per token, as the exponent of
+// the addend leaves of use in the sum; the unread bits are taken in the middle of their range.  The
+// rule is the paper's with its slips mended: channels by their largest |k|, tokens by |p v| against
+// |o| (of the step before, as ours), accumulation in float32, tokens split over the GPU.  With gaps
+// that no exponent reaches, the same kernels read all planes.
+
+#include "arguments.cuh"
+
+constexpr int kWarpSize = 32;
+constexpr u32 kAllLanes = 0xffffffffu;
+constexpr int kPaperWarps = 8;
+constexpr int kPaperThreads = kPaperWarps * kWarpSize;
+constexpr int kPaperPlanes = 3;
+// Tokens of a tile of keys; a channel of a tile lies in one piece, so that skipping it saves bytes.
+constexpr int kPaperTile = 128;
+constexpr int kPaperVector = 4;  // fp16 numbers that a lane takes of a row or of a channel
+static_assert(kHeadDim == kWarpSize * kPaperVector, "the paper's kernel takes 128 channels");
+static_assert(kPaperTile == kWarpSize * kPaperVector, "a warp reads a channel of a tile at once");
+
+// ---- helpers --------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int exponent(float x) {
+  return static_cast<int>(__float_as_uint(x) >> 23 & 0xff) - 127;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+  for (int d = kWarpSize / 2; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, d));
+  return x;
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int d = kWarpSize / 2; d > 0; d /= 2) x += __shfl_xor_sync(kAllLanes, x, d);
+  return x;
+}
+
+// Planes that an addend needs whose exponent lies `gap` below the sum's.
+__device__ __forceinline__ int planes_of_gap(int gap, int gap_of_two, int gap_of_one) {
+  return gap >= gap_of_one ? 1 : gap >= gap_of_two ? 2 : 3;
+}
+
+// Four nibbles of 16 bits into the lower halves of four bytes: dcba -> 0d 0c 0b 0a.
+__device__ __forceinline__ u32 spread_nibbles(u32 nibbles) {
+  const u32 pairs = (nibbles | nibbles << 8) & 0x00ff00ffu;
+  return (pairs | pairs << 4) & 0x0f0f0f0fu;
+}
+
+// Undo `spread_nibbles`.
+__device__ __forceinline__ u32 gather_nibbles(u32 bytes) {
+  const u32 pairs = (bytes | bytes >> 4) & 0x00ff00ffu;
+  return (pairs | pairs >> 8) & 0xffffu;
+}
+
+// Four fp16 numbers from what was read of their planes; the rest in the middle of its range.
+template <int kRead>
+__device__ __forceinline__ void assemble(
+    float (&x)[kPaperVector], u32 high, u32 middle, u32 low) {
+  u32 rest = 0x80808080u;
+  if constexpr (kRead == 2) rest = spread_nibbles(middle) << 4 | 0x08080808u;
+  if constexpr (kRead == 3) rest = spread_nibbles(middle) << 4 | spread_nibbles(low);
+  // Bytes (high, rest) of numbers 0 and 1, then of 2 and 3.
+  const u32 pair[2] = {__byte_perm(high, rest, 0x1504), __byte_perm(high, rest, 0x3726)};
+#pragma unroll
+  for (int i = 0; i < kPaperVector; ++i) {
+    x[i] = to_float<Float::F16>(static_cast<u16>(pair[i / 2] >> 16 * (i % 2)));
+  }
+}
+
+// KV head of a block.
+struct Head {
+  int sequence, kv_head;
+  i64 index;  // into [B, Hkv]
+};
+
+__device__ __forceinline__ Head head_of_block(const PaperArguments& a) {
+  const int sequence = blockIdx.y / a.kv_heads, kv_head = blockIdx.y % a.kv_heads;
+  return {sequence, kv_head, static_cast<i64>(blockIdx.y)};
+}
+
+// Four neighbouring tokens of a channel of a tile, as the index of their group of four.
+__device__ __forceinline__ i64 key_group(const PaperArguments& a, i64 head, int tile, int channel) {
+  const i64 tiles = a.capacity / kPaperTile;
+  return ((head * tiles + tile) * kHeadDim + channel) * kWarpSize + threadIdx.x % kWarpSize;
+}
+
+// Four neighbouring channels of a token.
+__device__ __forceinline__ i64 value_group(const PaperArguments& a, i64 head, int token) {
+  return (head * a.capacity + token) * kWarpSize + threadIdx.x % kWarpSize;
+}
+
+// The planes as groups of four numbers.
+struct Planes {
+  u32* high;
+  u16* middle;
+  u16* low;
+
+  __device__ __forceinline__ Planes(u8* high, u8* middle, u8* low)
+      : high(reinterpret_cast<u32*>(high)),
+        middle(reinterpret_cast<u16*>(middle)),
+        low(reinterpret_cast<u16*>(low)) {}
+
+  __device__ __forceinline__ void store(i64 group, const u16 (&bits)[kPaperVector]) const {
+    u32 high_bytes = 0, middle_nibbles = 0, low_nibbles = 0;
+#pragma unroll
+    for (int i = 0; i < kPaperVector; ++i) {
+      high_bytes |= static_cast<u32>(bits[i] >> 8) << 8 * i;
+      middle_nibbles |= (bits[i] >> 4 & 15u) << 8 * i;
+      low_nibbles |= (bits[i] & 15u) << 8 * i;
+    }
+    high[group] = high_bytes;
+    middle[group] = static_cast<u16>(gather_nibbles(middle_nibbles));
+    low[group] = static_cast<u16>(gather_nibbles(low_nibbles));
+  }
+};
+
+// ---- encode ---------------------------------------------------------------------------------------
+
+// Store a prefill.  A warp takes a tile of 128 tokens.  grid: (T / 128, B * Hkv); block: 32
+extern "C" __global__ void __launch_bounds__(kWarpSize)
+    paper_encode(const __grid_constant__ PaperArguments a) {
+  const Head head = head_of_block(a);
+  const int tile = blockIdx.x, lane = threadIdx.x, first = tile * kPaperTile;
+  const Planes keys(a.key_high, a.key_middle, a.key_low);
+  const Planes values(a.value_high, a.value_middle, a.value_low);
+  const i64 row_of_tile = head.index * a.capacity + first;
+  for (int c = 0; c < kHeadDim; ++c) {
+    u16 bits[kPaperVector];
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < kPaperVector; ++i) {
+      bits[i] = a.keys[(row_of_tile + kPaperVector * lane + i) * kHeadDim + c];
+      largest = fmaxf(largest, fabsf(to_float<Float::F16>(bits[i])));
+    }
+    keys.store(key_group(a, head.index, tile, c), bits);
+    largest = warp_max(largest);
+    // Non-negative floats are ordered like their bits.
+    u32* known = reinterpret_cast<u32*>(a.key_largest + head.index * kHeadDim + c);
+    if (lane == 0) atomicMax(known, __float_as_uint(largest));
+  }
+  for (int t = 0; t < kPaperTile; ++t) {
+    u16 bits[kPaperVector];
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < kPaperVector; ++i) {
+      bits[i] = a.values[(row_of_tile + t) * kHeadDim + kPaperVector * lane + i];
+      largest = fmaxf(largest, fabsf(to_float<Float::F16>(bits[i])));
+    }
+    values.store(value_group(a, head.index, first + t), bits);
+    largest = warp_max(largest);
+    if (lane == 0) a.value_largest[row_of_tile + t] = from_float<Float::F16>(largest);
+  }
+}
+
+// ---- plan -----------------------------------------------------------------------------------------
+
+// Planes of each key channel, the most that a head of the group wants; channels in descending order
+// of planes, so that `paper_scores` runs three loops without a branch.  grid: (1, B * Hkv); block: D
+extern "C" __global__ void __launch_bounds__(kHeadDim)
+    paper_plan(const __grid_constant__ PaperArguments a) {
+  __shared__ int largest[kGroup];
+  __shared__ int planes[kHeadDim];
+  const Head head = head_of_block(a);
+  const int c = threadIdx.x;
+  const float key = a.key_largest[head.index * kHeadDim + c];
+  const QueryBits* queries = a.query + head.index * kGroup * kHeadDim;
+  int mine[kGroup];
+  if (c < kGroup) largest[c] = -1000;
+  __syncthreads();
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    mine[g] = exponent(fabsf(to_float<kQueryDtype>(queries[g * kHeadDim + c])) * key);
+    atomicMax(&largest[g], mine[g]);
+  }
+  __syncthreads();
+  int wanted = 1;
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    const int gap = largest[g] - mine[g];
+    wanted = max(wanted, planes_of_gap(gap, a.key_gap_of_two, a.key_gap_of_one));
+  }
+  planes[c] = wanted;
+  __syncthreads();
+  int place = 0, with_two = 0, with_three = 0;
+  for (int i = 0; i < kHeadDim; ++i) {
+    place += planes[i] > wanted || (planes[i] == wanted && i < c);
+    with_two += planes[i] >= 2;
+    with_three += planes[i] >= 3;
+  }
+  a.channel_order[head.index * kHeadDim + place] = c;
+  u32* reads = a.reads + head.index * 2 * kPaperPlanes;
+  if (c == 0) {
+    reads[0] = kHeadDim, reads[1] = with_two, reads[2] = with_three;
+    reads[kPaperPlanes] = a.lengths[head.sequence];
+    reads[kPaperPlanes + 1] = reads[kPaperPlanes + 2] = 0;
+  }
+}
+
+// ---- scores ---------------------------------------------------------------------------------------
+
+struct ScoreShared {
+  float query[kHeadDim][kGroup];  // in the order of the channels
+  int order[kHeadDim];
+  float largest[kPaperWarps][kGroup], sum[kPaperWarps][kGroup];
+};
+
+// Add channels first .. end - 1 of the order to the scores of a lane's four tokens.
+template <int kRead>
+__device__ __forceinline__ void add_channels(
+    float (&scores)[kGroup][kPaperVector], const PaperArguments& a, const ScoreShared& shared,
+    i64 head, int tile, int first, int end) {
+  const Planes keys(a.key_high, a.key_middle, a.key_low);
+#pragma unroll 8
+  for (int i = first; i < end; ++i) {
+    const i64 group = key_group(a, head, tile, shared.order[i]);
+    const u32 high = __ldcs(keys.high + group);
+    const u32 middle = kRead >= 2 ? __ldcs(keys.middle + group) : 0;
+    const u32 low = kRead >= 3 ? __ldcs(keys.low + group) : 0;
+    float k[kPaperVector];
+    assemble<kRead>(k, high, middle, low);
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+      for (int j = 0; j < kPaperVector; ++j) scores[g][j] += shared.query[i][g] * k[j];
+    }
+  }
+}
+
+// Scores, and each split's maximum and sum of exponentials.  grid: (splits, B * Hkv)
+extern "C" __global__ void __launch_bounds__(kPaperThreads)
+    paper_scores(const __grid_constant__ PaperArguments a) {
+  __shared__ ScoreShared shared;
+  const Head head = head_of_block(a);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int length = a.lengths[head.sequence];
+  const u32* reads = a.reads + head.index * 2 * kPaperPlanes;
+  const int with_two = reads[1], with_three = reads[2];
+  for (int i = threadIdx.x; i < kHeadDim; i += kPaperThreads) {
+    const int c = a.channel_order[head.index * kHeadDim + i];
+    shared.order[i] = c;
+    for (int g = 0; g < kGroup; ++g) {
+      const QueryBits q = a.query[(head.index * kGroup + g) * kHeadDim + c];
+      shared.query[i][g] = to_float<kQueryDtype>(q) * a.scaling;
+    }
+  }
+  __syncthreads();
+  float largest[kGroup], sum[kGroup];
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) largest[g] = -infinity(), sum[g] = 0;
+  const int tiles = (length + kPaperTile - 1) / kPaperTile;
+  for (int tile = blockIdx.x * kPaperWarps + warp; tile < tiles; tile += gridDim.x * kPaperWarps) {
+    float scores[kGroup][kPaperVector] = {};
+    add_channels<3>(scores, a, shared, head.index, tile, 0, with_three);
+    add_channels<2>(scores, a, shared, head.index, tile, with_three, with_two);
+    add_channels<1>(scores, a, shared, head.index, tile, with_two, kHeadDim);
+    const int token = tile * kPaperTile + kPaperVector * lane;
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      float* out = a.scores + (head.index * kGroup + g) * a.capacity + token;
+      float here = largest[g];
+#pragma unroll
+      for (int j = 0; j < kPaperVector; ++j) {
+        if (token + j >= length) scores[g][j] = -infinity();
+        here = fmaxf(here, scores[g][j]);
+        out[j] = scores[g][j];
+      }
+      if (here == -infinity()) continue;
+      sum[g] *= __expf(largest[g] - here);
+      largest[g] = here;
+#pragma unroll
+      for (int j = 0; j < kPaperVector; ++j) sum[g] += __expf(scores[g][j] - here);
+    }
+  }
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    const float top = warp_max(largest[g]);
+    const float all = warp_sum(top == -infinity() ? 0 : sum[g] * __expf(largest[g] - top));
+    if (lane == 0) shared.largest[warp][g] = top, shared.sum[warp][g] = all;
+  }
+  __syncthreads();
+  if (threadIdx.x >= kGroup) return;
+  const int g = threadIdx.x;
+  float top = -infinity(), all = 0;
+  for (int w = 0; w < kPaperWarps; ++w) top = fmaxf(top, shared.largest[w][g]);
+  for (int w = 0; w < kPaperWarps && top > -infinity(); ++w) {
+    all += shared.sum[w][g] * __expf(shared.largest[w][g] - top);
+  }
+  const i64 at = (head.index * kGroup + g) * a.splits + blockIdx.x;
+  a.split_largest[at] = top;
+  a.split_sum[at] = all;
+}
+
+// ---- values ---------------------------------------------------------------------------------------
+
+struct ValueShared {
+  float largest[kGroup], inverse_sum[kGroup];
+  int exponent_of_output[kGroup];
+  float weights[kPaperWarps][kWarpSize][kGroup];
+  float output[kGroup][kHeadDim];
+};
+
+// Weighted values of a split's tokens.  grid: (splits, B * Hkv)
+extern "C" __global__ void __launch_bounds__(kPaperThreads)
+    paper_values(const __grid_constant__ PaperArguments a) {
+  __shared__ ValueShared shared;
+  const Head head = head_of_block(a);
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int length = a.lengths[head.sequence];
+  const Planes values(a.value_high, a.value_middle, a.value_low);
+  for (int g = warp; g < kGroup; g += kPaperWarps) {
+    const i64 of_head = head.index * kGroup + g;
+    float top = -infinity(), all = 0;
+    for (int s = lane; s < a.splits; s += kWarpSize) {
+      top = fmaxf(top, a.split_largest[of_head * a.splits + s]);
+    }
+    top = warp_max(top);
+    for (int s = lane; s < a.splits; s += kWarpSize) {
+      const float of_split = a.split_largest[of_head * a.splits + s];
+      all += a.split_sum[of_head * a.splits + s] * __expf(of_split - top);
+    }
+    all = warp_sum(all);
+    if (lane == 0) {
+      shared.largest[g] = top, shared.inverse_sum[g] = 1 / all;
+      shared.exponent_of_output[g] = exponent(a.size[of_head]);
+    }
+  }
+  for (int i = threadIdx.x; i < kGroup * kHeadDim; i += kPaperThreads) {
+    shared.output[i / kHeadDim][i % kHeadDim] = 0;
+  }
+  __syncthreads();
+
+  float output[kGroup][kPaperVector] = {};
+  u32 with_two = 0, with_three = 0;
+  const int step = gridDim.x * kPaperWarps * kWarpSize;
+  for (int first = (blockIdx.x * kPaperWarps + warp) * kWarpSize; first < length; first += step) {
+    const int token = first + lane;
+    const bool valid = token < length;
+    const u16 size_bits = valid ? a.value_largest[head.index * a.capacity + token] : u16{0};
+    const float size = to_float<Float::F16>(size_bits);
+    int planes = 1;
+    float (&weights)[kWarpSize][kGroup] = shared.weights[warp];
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) {
+      const float* scores = a.scores + (head.index * kGroup + g) * a.capacity;
+      const float score = valid ? scores[token] : -infinity();
+      const float weight = __expf(score - shared.largest[g]) * shared.inverse_sum[g];
+      const int gap = shared.exponent_of_output[g] - exponent(weight * size);
+      planes = max(planes, planes_of_gap(gap, a.value_gap_of_two, a.value_gap_of_one));
+      weights[lane][g] = weight;
+    }
+    if (!valid) planes = 1;
+    const u32 two = __ballot_sync(kAllLanes, planes >= 2);
+    const u32 three = __ballot_sync(kAllLanes, planes >= 3);
+    with_two += __popc(two), with_three += __popc(three);
+    __syncwarp();
+    const int count = min(kWarpSize, length - first);
+#pragma unroll 8
+    for (int i = 0; i < count; ++i) {
+      const i64 group = value_group(a, head.index, first + i);
+      const bool has_two = two >> i & 1, has_three = three >> i & 1;
+      const u32 high = __ldcs(values.high + group);
+      const u32 middle = has_two ? __ldcs(values.middle + group) : 0x8888u;
+      const u32 low = has_three ? __ldcs(values.low + group) : has_two ? 0x8888u : 0u;
+      float v[kPaperVector];
+      assemble<3>(v, high, middle, low);  // the middle of what was not read stands in its place
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+        for (int j = 0; j < kPaperVector; ++j) output[g][j] += weights[i][g] * v[j];
+      }
+    }
+    __syncwarp();
+  }
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+#pragma unroll
+    for (int j = 0; j < kPaperVector; ++j) {
+      atomicAdd(&shared.output[g][kPaperVector * lane + j], output[g][j]);
+    }
+  }
+  if (lane == 0) {
+    u32* reads = a.reads + (head.index * 2 + 1) * kPaperPlanes;
+    if (with_two) atomicAdd(reads + 1, with_two);
+    if (with_three) atomicAdd(reads + 2, with_three);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kGroup * kHeadDim; i += kPaperThreads) {
+    const i64 of_head = head.index * kGroup + i / kHeadDim;
+    const i64 at = (of_head * a.splits + blockIdx.x) * kHeadDim + i % kHeadDim;
+    a.partial_output[at] = shared.output[i / kHeadDim][i % kHeadDim];
+  }
+}
+
+// Sum over the splits.  grid: (G, B * Hkv); block: D
+extern "C" __global__ void __launch_bounds__(kHeadDim)
+    paper_merge(const __grid_constant__ PaperArguments a) {
+  const i64 of_head = static_cast<i64>(blockIdx.y) * kGroup + blockIdx.x;
+  const float* partial = a.partial_output + of_head * a.splits * kHeadDim + threadIdx.x;
+  float sum = 0;
+  for (int s = 0; s < a.splits; ++s) sum += partial[s * kHeadDim];
+  a.output[of_head * kHeadDim + threadIdx.x] = sum;
+}
