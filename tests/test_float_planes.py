@@ -3,11 +3,11 @@ from __future__ import annotations
 from fractions import Fraction
 
 import numpy as np
-import oracles_float_planes as oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import oracles_float_planes as oracles
 from alignedkv.errors import SpecError
 from alignedkv.float_planes import PAPER_LAYOUT, FloatPlanes, encode_floats
 from alignedkv.formats import BF16, FP16, FP32, FloatFormat
