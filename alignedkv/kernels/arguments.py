@@ -43,7 +43,7 @@ _POINTER: Final = np.dtype(np.uint64)
 _STRUCT = re.compile(r"^struct (\w+) \{$(.*?)^\};$", re.MULTILINE | re.DOTALL)
 _MEMBER = re.compile(
     r"^  (?P<type>\w+)(?P<pointer>\*?) (?P<name>\w+)(?:\[(?P<count>\w+)\])?;"
-    r"(?: *// *(?:\[(?P<shape>[^\]]*)\](?P<kind> or null| strided)?)?.*)?$"
+    r"(?: *// *(?:\[(?P<shape>[^\]]*)\](?P<strided> strided)?(?P<nullable> or null)?)?.*)?$"
 )
 
 
@@ -161,8 +161,8 @@ def _members(struct: str, body: str) -> list[Member]:
                 pointer=bool(found["pointer"]),
                 count=found["count"],
                 shape=tuple(t.strip() for t in shape.split(",")) if found["pointer"] else None,
-                nullable=found["kind"] == " or null",
-                strided=found["kind"] == " strided",
+                nullable=bool(found["nullable"]),
+                strided=bool(found["strided"]),
             )
         )
     return members

@@ -32,8 +32,15 @@ from alignedkv.kernels.spec import DecodeSpec
 _log = logging.getLogger(__name__)
 
 #: Division and square root stay IEEE: kernels that want approximations ask by name.  Unused
-#: constants are no warning (177), since every file gets the same ones.
-OPTIONS = ("--std=c++17", "--generate-line-info", "--diag-suppress=177", "--ptxas-options=-v")
+#: constants are no warning (177), since every file gets the same ones.  Everything is device code, the
+#: bodies of unrolled loops (lambdas) too, which have no place for a ``__device__``.
+OPTIONS = (
+    "--std=c++17",
+    "--device-as-default-execution-space",
+    "--generate-line-info",
+    "--diag-suppress=177",
+    "--ptxas-options=-v",
+)
 CACHE_VARIABLE = "ALIGNEDKV_CACHE_DIR"
 _INSTALL = "pip install 'alignedkv[cuda13]' (or [cuda12] for drivers older than series 580)"
 

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from alignedkv.errors import CodegenError
+from alignedkv.kernels.footprint import MAX_SPLITS, shared_bytes
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
-from alignedkv.planes import row_bytes
 
 WARP = 32
 MAX_THREADS_PER_BLOCK = 1024
@@ -38,10 +38,7 @@ class DecodeConfig:
     blocks_per_sm : int
         Blocks that shall fit on an SM together: bounds the registers of a thread.
     key_stages : int
-        Tiles of first key planes in flight per warp, the one in use included.
-    rare_rows : int
-        Rows of a tile whose third and later planes are fetched side by side and early; more than
-        that are fetched late.
+        Tiles of first key planes that a warp has room for, the one in use included.
     eager_values : bool
         The first tile's value rows are fetched before its scores are known.
     strided_tiles : bool
@@ -55,8 +52,7 @@ class DecodeConfig:
 
     warps: int = _tunable(8, 4, 8, 16)
     blocks_per_sm: int = _tunable(2, 1, 2, 3, 4)
-    key_stages: int = _tunable(2, 1, 2, 3)
-    rare_rows: int = _tunable(16, 8, 16, 32)
+    key_stages: int = _tunable(1, 1, 2, 3)
     eager_values: bool = _tunable(False, False, True)
     strided_tiles: bool = _tunable(True, False, True)
     waves: int = _tunable(1, 1, 2)
@@ -132,16 +128,7 @@ def splits_per_head(
     """
     fitting = config.waves * config.blocks_per_sm * target.sm_count // heads
     tiles = -(-capacity // (WARP * config.warps))
-    return max(1, min(fitting, tiles))
-
-
-def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
-    """Dynamic shared memory of a block of decode.cu; ``Shared`` there has the same parts."""
-    row = [row_bytes(spec.channels, width) for width in spec.layout.widths[: spec.stored_planes]]
-    tile = WARP * (config.key_stages * row[0] + row[1] + 2 * row[0] + row[1])
-    rare = config.rare_rows * sum(row[2:])
-    scores = WARP * spec.group * 4
-    return config.warps * (tile + rare + scores) + spec.dither_rows * spec.group * 4
+    return max(1, min(fitting, tiles, MAX_SPLITS))
 
 
 def restrictions(spec: DecodeSpec, config: DecodeConfig, target: DeviceTarget) -> list[str]:

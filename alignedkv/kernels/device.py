@@ -109,6 +109,27 @@ class Place:
         with cupy.cuda.Device(self.device), self.stream:
             return cupy.zeros(shape, "uint16" if dtype == "bfloat16" else dtype)
 
+    def copy(self, array: Array) -> Array:
+        """CuPy copy of a torch or CuPy array."""
+        import cupy
+
+        with cupy.cuda.Device(self.device), self.stream:
+            return cupy.array(array)
+
+    def fill(self, array: Array, number: float) -> None:
+        """Overwrite a torch or CuPy array by a number."""
+        import cupy
+
+        with cupy.cuda.Device(self.device), self.stream:
+            cupy.asarray(array).fill(number)
+
+    def scale(self, array: Array, source: Array, factor: float) -> None:
+        """Overwrite a torch or CuPy array by a multiple of another."""
+        import cupy
+
+        with cupy.cuda.Device(self.device), self.stream:
+            cupy.multiply(cupy.asarray(source), factor, out=cupy.asarray(array))
+
     def launch(
         self,
         file: str,

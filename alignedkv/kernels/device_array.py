@@ -10,6 +10,8 @@ from alignedkv.kernels.arrays import Array
 
 #: Alignment that every array's address must have, bytes: the widest load of a kernel.
 ALIGNMENT: Final = 16
+#: NumPy knows no bfloat16, and torch does little with unsigned integers.
+_SAME_BITS: Final = {"bfloat16": ("uint16",), "uint32": ("int32",), "uint16": ("int16",)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,8 +79,8 @@ class DeviceArray:
 
 
 def check_dtype(name: str, array: DeviceArray, dtype: str) -> None:
-    """Raise LaunchError unless an array holds the named dtype (bfloat16 also as uint16)."""
-    allowed = (dtype, "uint16") if dtype == "bfloat16" else (dtype,)
+    """Raise LaunchError unless an array holds the named dtype, or its bits under another name."""
+    allowed = (dtype, *_SAME_BITS.get(dtype, ()))
     if array.dtype not in allowed:
         raise LaunchError(f"{name} is {array.dtype}: give {' or '.join(allowed)}")
 

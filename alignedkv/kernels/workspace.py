@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignedkv.kernels.arguments import Sizes, Zeros, allocate_struct
-from alignedkv.kernels.arrays import Array, CacheArrays, DecodeResult, HeadState
+from alignedkv.kernels.arrays import Array, CacheArrays
 from alignedkv.kernels.config import DecodeConfig, splits_per_head
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
@@ -13,20 +13,21 @@ from alignedkv.kernels.target import DeviceTarget
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workspace:
-    """What a step writes.
+    """What a step writes besides the state.
 
     Attributes
     ----------
     scratch : dict of str to array
-        By their names in ``struct Workspace`` of ``cuda/arguments.cuh``.
-    result : DecodeResult
-        Overwritten by every step.  Its state is the one that the step reads and replaces.
+        By their names in ``struct Workspace`` of ``cuda/arguments.cuh``; all zero at first, and
+        left by every step as the next one wants it.
+    outputs : dict of str to array
+        Fields of `DecodeResult` without the state; overwritten by every step.
     splits : int
         Blocks per KV head.
     """
 
     scratch: dict[str, Array]
-    result: DecodeResult
+    outputs: dict[str, Array]
     splits: int
 
 
@@ -54,9 +55,6 @@ def allocate_workspace(
     sizes = Sizes.of(spec, cache, splits=splits)
     return Workspace(
         scratch=allocate_struct("Workspace", spec, sizes, zeros),
-        result=DecodeResult(
-            **allocate_struct("Result", spec, sizes, zeros),
-            state=HeadState(**allocate_struct("State", spec, sizes, zeros)),
-        ),
+        outputs=allocate_struct("Result", spec, sizes, zeros),
         splits=splits,
     )

@@ -86,7 +86,7 @@ def test_line_directives_tell_the_truth(file: str) -> None:
     """Following them, every line of the text is the line of the file that they name."""
     sources = {path.name: path.read_text().splitlines() for path in CUDA_DIR.glob("*.cu*")}
     generated = generate(SPEC, CONFIG, file).splitlines()
-    start = next(i for i, line in enumerate(generated) if line.startswith("#line"))
+    start = next(i for i, line in enumerate(generated) if line.startswith("#line 1 "))
     name, number = "", 0
     for line in generated[start:]:
         if directive := re.fullmatch(r'#line (\d+) "([\w.]+)"', line):

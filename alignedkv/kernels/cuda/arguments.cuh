@@ -57,8 +57,8 @@ struct Step {
 
 // New rows: strided, so that a transposed view needs no copy.
 struct NewRows {
-  RowBits* keys;         // [B, Hkv, S, D] strided
-  RowBits* values;       // [B, Hkv, S, D] strided
+  RowBits* keys;         // [B, Hkv, S, D] strided or null (S = 0)
+  RowBits* values;       // [B, Hkv, S, D] strided or null
   i64 key_strides[3];    // elements from one sequence, head, token to the next
   i64 value_strides[3];  // likewise
   i32 tokens;            // S
@@ -94,8 +94,7 @@ struct Result {
   u32* reads;         // [B, Hkv, 2, N]
 };
 
-// What the kernels of a step hand to one another; allocated once by launch.py (allocate_workspace),
-// all zero at first.
+// What the kernels of a step hand to one another; allocated once (workspace.py), all zero at first.
 struct Workspace {
   u8* queries;         // [B, Hkv, query_bytes] `Query` of query.cuh
   float* partials;     // [B, Hkv, splits, partial_floats] `Partial` of merge.cuh

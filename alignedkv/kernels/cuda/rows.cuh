@@ -46,9 +46,10 @@ __device__ __forceinline__ i64 row_index(const Cache& cache, int sequence, int h
   if constexpr (kPageTokens == 0) {
     return head_index(cache, sequence, head) * cache.capacity + token;
   } else {
-    const i64 entry = static_cast<i64>(sequence) * cache.max_pages + token / kPageTokens;
+    constexpr int kPage = kPageTokens > 0 ? kPageTokens : 1;
+    const i64 entry = static_cast<i64>(sequence) * cache.max_pages + token / kPage;
     const i64 page = cache.block_table[entry];
-    return (page * cache.kv_heads + head) * kPageTokens + token % kPageTokens;
+    return (page * cache.kv_heads + head) * kPage + token % kPage;
   }
 }
 

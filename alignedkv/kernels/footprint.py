@@ -1,0 +1,88 @@
+"""Sizes of what the decode kernels keep: the structs of ``cuda/query.cuh`` and ``cuda/block.cuh``.
+
+The compiler refuses a source in which these sizes are wrong (``static_assert`` there).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from alignedkv.kernels.spec import DecodeSpec
+from alignedkv.planes import row_bytes
+from alignedkv.policy import BoundKind
+
+if TYPE_CHECKING:
+    from alignedkv.kernels.config import DecodeConfig
+
+#: Blocks that may share a KV head's tokens.
+MAX_SPLITS: Final = 512
+#: Tokens of a warp's tile, and rows of it that a rare plane is fetched for at a time.
+TILE, RARE_ROWS = 32, 16
+#: ``kNumbers`` of query.cuh and ``kConstants`` of block.cuh.
+_NUMBERS, _CONSTANTS = 6, 9
+#: Sums of a head besides those of its bound: weights, digit middles, roundings.
+_OTHER_SUMS = 3
+_BOUND_SUMS: Final = {
+    BoundKind.ESTIMATE: 2,
+    BoundKind.DETERMINISTIC: 4,
+    BoundKind.STATISTICAL: 4,
+}
+
+
+def padded_heads(spec: DecodeSpec) -> int:
+    """Query heads of a group as tensor-core columns have them: in blocks of four."""
+    return -(-spec.group // 4) * 4
+
+
+def query_bytes(spec: DecodeSpec) -> int:
+    """``sizeof(Query)``: digits, class products and numbers of a group's queries."""
+    heads = padded_heads(spec)
+    return 2 * heads * spec.channels + 4 * heads * (spec.dither_rows + _NUMBERS) + 16
+
+
+def partial_floats(spec: DecodeSpec) -> int:
+    """Floats of ``Partial``: what a block leaves for the one that merges."""
+    heads = padded_heads(spec)
+    per_head = spec.dither_rows + _sums(spec) + 2
+    return spec.group * spec.channels + heads * per_head
+
+
+def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
+    """``sizeof(DecodeShared)``, the dynamic shared memory of a block of decode.cu."""
+    heads = padded_heads(spec)
+    per_warp = heads * 4 * (spec.dither_rows + 2 + _sums(spec)) + 4
+    fixed = query_bytes(spec) + heads * 4 * (_CONSTANTS + 1) + 8 * spec.stored_planes + 12
+    tiles = config.warps * _tile_bytes(spec, config)
+    outputs = config.warps * 4 * (spec.channels + 1) * 4
+    merge = (
+        4 * partial_floats(spec)
+        + 4 * spec.group * spec.channels * _dither_shares(spec, config)
+        + 4 * MAX_SPLITS * heads
+    )
+    return _aligned(fixed + config.warps * per_warp) + _aligned(max(tiles, outputs, merge))
+
+
+def _tile_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
+    """``sizeof(WarpTiles)``."""
+    row = [row_bytes(spec.channels, width) for width in spec.layout.widths[: spec.stored_planes]]
+    heads = padded_heads(spec)
+    planes = TILE * ((config.key_stages + 2) * row[0] + 2 * row[1])
+    rare = RARE_ROWS * max(row[2:]) if row[2:] else 16
+    scores, weights = TILE * heads * 4, heads * (TILE + 16) * 2
+    scales, order = config.key_stages * TILE * 4, TILE
+    return _aligned(planes + rare + scores + weights + scales + order)
+
+
+def _sums(spec: DecodeSpec) -> int:
+    return _OTHER_SUMS + _BOUND_SUMS[spec.bound]
+
+
+def _dither_shares(spec: DecodeSpec, config: DecodeConfig) -> int:
+    shares = 1
+    while 2 * shares * spec.channels <= TILE * config.warps:
+        shares *= 2
+    return shares
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 16) * 16
