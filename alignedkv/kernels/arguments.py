@@ -1,82 +1,37 @@
-"""Kernel arguments, laid out as ``cuda/arguments.cuh`` declares them.
+"""Kernel arguments: values put where ``cuda/arguments.cuh`` declares them, once they are checked.
 
-That file is the one list of arguments.  Here its structs are read, given the layout that the C++
-compiler gives them, and filled: a member's value is found by its name, and an array is checked
-against the dtype and the shape of its declaration before its address goes to the device.
+A member's value is found by its name.  An array must have the dtype and the shape of its
+declaration, lie in order and on the right GPU, before its address goes to the device.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Final
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alignedkv.errors import CodegenError, LaunchError
+from alignedkv.errors import LaunchError
 from alignedkv.kernels.arrays import Array, CacheArrays
-from alignedkv.kernels.codegen import CUDA_DIR, constant_name
-from alignedkv.kernels.device_array import ALIGNMENT, DeviceArray, check_dtype, check_place
+from alignedkv.kernels.declarations import Member, layout, member_dtype, structs
+from alignedkv.kernels.device_array import (
+    ALIGNMENT,
+    DeviceArray,
+    contiguous_strides,
+    names_of_dtype,
+)
 from alignedkv.kernels.footprint import partial_floats, query_bytes
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.planes import row_bytes
 
-#: C++ number types of the declarations and NumPy's names for them.
-_NUMBERS: Final = {
-    "u8": "uint8",
-    "u16": "uint16",
-    "u32": "uint32",
-    "u64": "uint64",
-    "i16": "int16",
-    "i32": "int32",
-    "i64": "int64",
-    "float": "float32",
-    "double": "float64",
-}
 Zeros = Callable[[tuple[int, ...], str], Array]
-_POINTER: Final = np.dtype(np.uint64)
-
-_STRUCT = re.compile(r"^struct (\w+) \{$(.*?)^\};$", re.MULTILINE | re.DOTALL)
-_MEMBER = re.compile(
-    r"^  (?P<type>\w+)(?P<pointer>\*?) (?P<name>\w+)(?:\[(?P<count>\w+)\])?;"
-    r"(?: *// *(?:\[(?P<shape>[^\]]*)\](?P<strided> strided)?(?P<nullable> or null)?)?.*)?$"
-)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
-    """One member of a struct.
-
-    Attributes
-    ----------
-    name : str
-    type : str
-        A number type, ``RowBits``, ``QueryBits``, or the name of a struct.
-    pointer : bool
-    count : str or None
-        Elements of an array member, a number or the name of a constant.
-    shape : tuple of str or None
-        Terms of the shape that a pointer's array must have.
-    nullable : bool
-        Whether the array may be absent.
-    strided : bool
-        Whether only its last dimension must be contiguous.
-    """
-
-    name: str
-    type: str
-    pointer: bool
-    count: str | None
-    shape: tuple[str, ...] | None
-    nullable: bool
-    strided: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sizes:
     """What the names in shapes mean.
 
@@ -95,29 +50,16 @@ class Sizes:
 
     @classmethod
     def of(cls, spec: DecodeSpec, cache: CacheArrays, **more: int) -> Sizes:
-        """Sizes of a cache; ``more`` adds those of a launch, such as S."""
-        batch, kv_heads, head_dim = cache.key_mean.shape
-        rows = tuple(int(n) for n in cache.scales.shape)
-        pages = 0 if cache.block_table is None else int(cache.block_table.shape[1])
-        widths = spec.layout.widths[: spec.stored_planes]
-        names = {
-            "B": int(batch),
-            "Hkv": int(kv_heads),
-            "H": int(kv_heads) * spec.group,
-            "G": spec.group,
-            "T": rows[2] if spec.page_tokens is None else pages * spec.page_tokens,
-            "D": head_dim,
-            "C": spec.channels,
-            "N": spec.stored_planes,
-            "P": spec.dither_rows,
-            "max_pages": pages,
-            "exact_slots": cache.exact_first + cache.exact_last,
-            "query_bytes": query_bytes(spec),
-            "partial_floats": partial_floats(spec),
-            **more,
-        }
-        plane_bytes = tuple(row_bytes(spec.channels, width) for width in widths)
-        return cls(names=names, rows=rows, plane_bytes=plane_bytes)
+        """Sizes of a cache, one object for equal ones; ``more`` adds those of a launch, as S."""
+        table = cache.block_table
+        return _sizes(
+            spec,
+            tuple(cache.key_mean.shape),
+            tuple(cache.scales.shape),
+            0 if table is None else int(table.shape[1]),
+            cache.exact_first + cache.exact_last,
+            tuple(more.items()),
+        )
 
     def shape(self, terms: tuple[str, ...], plane: int = 0) -> tuple[int, ...]:
         """Numbers of a declared shape; ``plane`` says which plane's rows ``plane_bytes`` means."""
@@ -132,74 +74,71 @@ class Sizes:
         return tuple(out)
 
 
-@functools.cache
-def structs() -> dict[str, tuple[Member, ...]]:
-    """The structs of ``cuda/arguments.cuh`` by name.
+@functools.lru_cache(maxsize=256)
+def _sizes(
+    spec: DecodeSpec,
+    heads: tuple[int, int, int],
+    rows: tuple[int, ...],
+    max_pages: int,
+    exact_slots: int,
+    more: tuple[tuple[str, int], ...],
+) -> Sizes:
+    batch, kv_heads, head_dim = heads
+    names = {
+        "B": batch,
+        "Hkv": kv_heads,
+        "H": kv_heads * spec.group,
+        "G": spec.group,
+        "T": rows[2] if spec.page_tokens is None else max_pages * spec.page_tokens,
+        "D": head_dim,
+        "C": spec.channels,
+        "N": spec.stored_planes,
+        "P": spec.dither_rows,
+        "max_pages": max_pages,
+        "exact_slots": exact_slots,
+        "query_bytes": query_bytes(spec),
+        "partial_floats": partial_floats(spec),
+        **dict(more),
+    }
+    widths = spec.layout.widths[: spec.stored_planes]
+    plane_bytes = tuple(row_bytes(spec.channels, width) for width in widths)
+    return Sizes(names=names, rows=rows, plane_bytes=plane_bytes)
 
-    Raises
-    ------
-    CodegenError
-        If a line of a struct is no member, or a pointer has no shape.
-    """
-    text = (CUDA_DIR / "arguments.cuh").read_text()
-    return {name: tuple(_members(name, body)) for name, body in _STRUCT.findall(text)}
+
+class _Expected(NamedTuple):
+    """What an array must be."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    nullable: bool
+    strided: bool
 
 
-def _members(struct: str, body: str) -> list[Member]:
-    members = []
-    for line in filter(str.strip, body.splitlines()):
-        found = _MEMBER.match(line)
-        if found is None:
-            raise CodegenError(f"arguments.cuh, {struct}: {line.strip()!r} declares no member")
-        shape = found["shape"]
-        if found["pointer"] and shape is None:
-            raise CodegenError(f"arguments.cuh, {struct}.{found['name']}: a pointer needs a shape")
-        members.append(
-            Member(
-                name=found["name"],
-                type=found["type"],
-                pointer=bool(found["pointer"]),
-                count=found["count"],
-                shape=tuple(t.strip() for t in shape.split(",")) if found["pointer"] else None,
-                nullable=bool(found["nullable"]),
-                strided=bool(found["strided"]),
-            )
+@functools.lru_cache(maxsize=1024)
+def _expected(struct: str, spec: DecodeSpec, sizes: Sizes) -> dict[str, tuple[_Expected, ...]]:
+    """What the arrays of a struct must be, by the member's name: one for each of its elements."""
+    return {
+        member.name: tuple(
+            _expected_array(member, spec, sizes, plane)
+            for plane in range(spec.stored_planes if member.count else 1)
         )
-    return members
+        for member in structs()[struct]
+        if member.pointer
+    }
 
 
-@functools.cache
-def layout(struct: str, spec: DecodeSpec) -> np.dtype[np.void]:
-    """NumPy dtype of a struct, with the C++ compiler's offsets and size."""
-    members = []
-    for member in structs()[struct]:
-        kind = (
-            _POINTER
-            if member.pointer
-            else layout(member.type, spec)
-            if member.type in structs()
-            else np.dtype(_NUMBERS[member.type])
-        )
-        count = () if member.count is None else (_count(member.count, spec),)
-        members.append((member.name, kind, count))
-    return np.dtype(members, align=True)
-
-
-def _count(text: str, spec: DecodeSpec) -> int:
-    """Elements of an array member: a number or a constant of the spec."""
-    if text.isdecimal():
-        return int(text)
-    by_constant = {constant_name(f.name): getattr(spec, f.name) for f in fields(spec)}
-    return int(by_constant[text])
-
-
-def member_dtype(member: Member, spec: DecodeSpec) -> str:
-    """dtype of the numbers that a pointer points to, by NumPy's name or "bfloat16"."""
-    if member.type == "RowBits":
-        return spec.row_dtype
-    if member.type == "QueryBits":
-        return spec.query_dtype
-    return _NUMBERS[member.type]
+def _expected_array(member: Member, spec: DecodeSpec, sizes: Sizes, plane: int) -> _Expected:
+    shape = sizes.shape(member.shape or (), plane)
+    return _Expected(
+        name=member.name,
+        dtypes=names_of_dtype(member_dtype(member, spec)),
+        shape=shape,
+        strides=contiguous_strides(shape),
+        nullable=member.nullable,
+        strided=member.strided,
+    )
 
 
 def allocate_struct(
@@ -249,39 +188,46 @@ def pack(
         If an array has another dtype, shape, layout, alignment or device than declared.
     """
     packed = np.zeros((), layout(struct, spec))
+    expected = _expected(struct, spec, sizes)
     for member in structs()[struct]:
         value = values[member.name]
         if member.pointer:
-            arrays = value if member.count else (value,)
-            addresses = [
-                _address(member, array, sizes, plane, spec, device)
-                for plane, array in enumerate(arrays)
-            ]
+            wanted, arrays = expected[member.name], value if member.count else (value,)
+            if len(arrays) != len(wanted):
+                raise LaunchError(f"{member.name} has {len(arrays)} arrays: give {len(wanted)}")
+            addresses = [_address(*pair, device) for pair in zip(wanted, arrays, strict=True)]
             packed[member.name] = addresses if member.count else addresses[0]
-        elif member.type in structs() and isinstance(value, Mapping):
+        elif isinstance(value, Mapping):
             packed[member.name] = pack(member.type, spec, sizes, value, device=device)
         else:
             packed[member.name] = value
     return packed
 
 
-def _address(
-    member: Member, array: Array, sizes: Sizes, plane: int, spec: DecodeSpec, device: int
-) -> int:
-    """Address of a member's array once it has been checked; 0 for one that may be absent and is."""
+def _address(expected: _Expected, array: Array, device: int) -> int:
+    """Address of an array once it has been checked; 0 for one that may be absent and is."""
+    name = expected.name
     if array is None:
-        if member.nullable:
+        if expected.nullable:
             return 0
-        raise LaunchError(f"{member.name} is missing: give an array")
-    seen = DeviceArray.of(member.name, array)
-    check_dtype(member.name, seen, member_dtype(member, spec))
-    shape = sizes.shape(member.shape or (), plane)
-    if seen.shape != shape:
-        raise LaunchError(f"{member.name} has shape {seen.shape}: give {shape}")
-    if not (seen.has_contiguous_rows() if member.strided else seen.is_contiguous()):
-        wanted = "an array whose last dimension is" if member.strided else "an array that is"
-        raise LaunchError(f"{member.name} has strides {seen.strides}: give {wanted} contiguous")
-    check_place(member.name, seen, device, 4 if member.strided else ALIGNMENT)
+        raise LaunchError(f"{name} is missing: give an array")
+    seen = DeviceArray.of(name, array)
+    if seen.dtype not in expected.dtypes:
+        raise LaunchError(f"{name} is {seen.dtype}: give {' or '.join(expected.dtypes)}")
+    if seen.shape != expected.shape:
+        raise LaunchError(f"{name} has shape {seen.shape}: give {expected.shape}")
+    if seen.strides != expected.strides:
+        fits = seen.has_contiguous_rows() if expected.strided else seen.is_contiguous()
+        if not fits:
+            wanted = "an array whose last dimension is" if expected.strided else "an array that is"
+            raise LaunchError(f"{name} has strides {seen.strides}: give {wanted} contiguous")
+    if seen.device != device:
+        raise LaunchError(f"{name} is on GPU {seen.device}: move it to GPU {device}")
+    if seen.address % ALIGNMENT and not expected.strided:
+        raise LaunchError(
+            f"{name} begins at address {seen.address:#x}: give one that is a multiple of "
+            f"{ALIGNMENT}, such as a copy has"
+        )
     return seen.address
 
 

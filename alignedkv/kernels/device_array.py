@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+import math
+from typing import Final, NamedTuple
 
 from alignedkv.errors import LaunchError
 from alignedkv.kernels.arrays import Array
@@ -14,8 +14,7 @@ ALIGNMENT: Final = 16
 _SAME_BITS: Final = {"bfloat16": ("uint16",), "uint32": ("int32",), "uint16": ("int16",)}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceArray:
+class DeviceArray(NamedTuple):
     """What a launch wants to know of a torch or CuPy array.
 
     Attributes
@@ -70,27 +69,16 @@ class DeviceArray:
 
     def is_contiguous(self) -> bool:
         """Whether elements lie in order without gaps (dimensions of one element do not matter)."""
-        expected = 1
-        for extent, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
-            if extent != 1 and stride != expected:
-                return False
-            expected *= extent
-        return True
+        expected = contiguous_strides(self.shape)
+        together = zip(self.shape, self.strides, expected, strict=True)
+        return all(extent == 1 or stride == wanted for extent, stride, wanted in together)
 
 
-def check_dtype(name: str, array: DeviceArray, dtype: str) -> None:
-    """Raise LaunchError unless an array holds the named dtype, or its bits under another name."""
-    allowed = (dtype, *_SAME_BITS.get(dtype, ()))
-    if array.dtype not in allowed:
-        raise LaunchError(f"{name} is {array.dtype}: give {' or '.join(allowed)}")
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous array."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
-def check_place(name: str, array: DeviceArray, device: int, alignment: int = ALIGNMENT) -> None:
-    """Raise LaunchError unless an array is on the device and begins at an aligned address."""
-    if array.device != device:
-        raise LaunchError(f"{name} is on GPU {array.device}: move it to GPU {device}")
-    if array.address % alignment:
-        raise LaunchError(
-            f"{name} begins at address {array.address:#x}: give one that is a multiple of "
-            f"{alignment}, such as a copy has"
-        )
+def names_of_dtype(dtype: str) -> tuple[str, ...]:
+    """Names under which arrays may hold the bits of a dtype."""
+    return (dtype, *_SAME_BITS.get(dtype, ()))

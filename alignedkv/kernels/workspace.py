@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from alignedkv.kernels.arguments import Sizes, Zeros, allocate_struct
 from alignedkv.kernels.arrays import Array, CacheArrays
@@ -24,11 +27,17 @@ class Workspace:
         Fields of `DecodeResult` without the state; overwritten by every step.
     splits : int
         Blocks per KV head.
+    packed : dict
+        Structs as the last step packed them, with the objects that they were packed from: a step
+        with the same cache and state need not look at their arrays again.
     """
 
     scratch: dict[str, Array]
     outputs: dict[str, Array]
     splits: int
+    packed: dict[str, tuple[object, NDArray[np.void]]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
 
 def allocate_workspace(

@@ -10,20 +10,13 @@ import numpy as np
 import pytest
 
 from alignedkv.errors import CodegenError, LaunchError
-from alignedkv.kernels import arguments
-from alignedkv.kernels.arguments import (
-    Sizes,
-    cache_values,
-    layout,
-    member_dtype,
-    new_rows,
-    pack,
-    structs,
-)
+from alignedkv.kernels import declarations
+from alignedkv.kernels.arguments import Sizes, cache_values, new_rows, pack
 from alignedkv.kernels.arrays import CacheArrays, HeadState, StepArguments
-from alignedkv.kernels.codegen import prologue
+from alignedkv.kernels.codegen import CUDA_DIR, prologue
 from alignedkv.kernels.compile import compile_text
 from alignedkv.kernels.config import DecodeConfig
+from alignedkv.kernels.declarations import layout, member_dtype, structs
 from alignedkv.kernels.device_array import DeviceArray
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import allocate
@@ -64,8 +57,8 @@ def cache(spec: DecodeSpec, **sizes: Any) -> CacheArrays:
 @pytest.mark.parametrize("spec", [SPEC, PAGED], ids=["contiguous", "paged"])
 def test_the_compiler_agrees_on_every_layout(spec: DecodeSpec) -> None:
     """Sizes and alignments of all members, and so their offsets: a difference would not compile."""
-    lines = [prologue(spec, DecodeConfig()), arguments.CUDA_DIR.joinpath("dtypes.cuh").read_text()]
-    declared = arguments.CUDA_DIR.joinpath("arguments.cuh").read_text()
+    lines = [prologue(spec, DecodeConfig()), CUDA_DIR.joinpath("dtypes.cuh").read_text()]
+    declared = CUDA_DIR.joinpath("arguments.cuh").read_text()
     lines.append(re.sub(r"#include .*", "", declared))
     for name in structs():
         dtype = layout(name, spec)
@@ -167,6 +160,6 @@ def test_rows_with_gaps_between_channels_are_refused() -> None:
 
 def test_lines_that_declare_nothing_are_refused() -> None:
     with pytest.raises(CodegenError, match=r"'int f\(\);' declares no member"):
-        arguments._members("Cache", "  int f();\n")
+        declarations._members("Cache", "  int f();\n")
     with pytest.raises(CodegenError, match=r"Cache\.x: a pointer needs a shape"):
-        arguments._members("Cache", "  float* x;  // of no shape\n")
+        declarations._members("Cache", "  float* x;  // of no shape\n")

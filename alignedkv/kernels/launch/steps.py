@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -176,13 +177,21 @@ def _run(
     spec, config = place.spec, place.config
     _check_options(spec, arguments, sinks)
     sizes = Sizes.of(spec, cache, S=rows["tokens"], splits=workspace.splits)
+
+    def packed_once(struct: str, source: object, values: Callable[[], dict[str, Any]]) -> Any:
+        known = workspace.packed.get(struct)
+        if known is None or known[0] is not source:
+            known = source, pack(struct, spec, sizes, values(), device=place.device)
+            workspace.packed[struct] = known
+        return known[1]
+
     given = {
-        "cache": cache_values(spec, cache),
+        "cache": packed_once("Cache", cache, lambda: cache_values(spec, cache)),
         "rows": rows,
-        "state": as_mapping(state),
-        "step": {**as_mapping(arguments), "seed": arguments.seed & 0xFFFFFFFF},
-        "workspace": workspace.scratch,
-        "result": workspace.outputs,
+        "state": packed_once("State", state, lambda: as_mapping(state)),
+        "step": packed_once("Step", arguments, lambda: _step_values(arguments)),
+        "workspace": packed_once("Workspace", workspace, lambda: workspace.scratch),
+        "result": packed_once("Result", workspace, lambda: workspace.outputs),
         "query": query,
         "sinks": sinks,
         "splits": workspace.splits,
@@ -210,6 +219,11 @@ def _run(
             overlapping=True,
         )
     return DecodeResult(**workspace.outputs, state=state)
+
+
+def _step_values(arguments: StepArguments) -> dict[str, Any]:
+    """Values of ``struct Step``; a seed of any sign and size."""
+    return {**as_mapping(arguments), "seed": arguments.seed & 0xFFFFFFFF}
 
 
 def _check_options(spec: DecodeSpec, arguments: StepArguments, sinks: Array | None) -> None:
