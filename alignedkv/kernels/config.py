@@ -8,8 +8,8 @@ and the columns of tuning tables.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from alignedkv.errors import CodegenError
@@ -23,8 +23,8 @@ MAX_THREADS_PER_BLOCK = 1024
 MIN_REGISTERS = 64
 
 
-def _tunable(default: Any, *choices: Any) -> Any:
-    return field(default=default, metadata={"choices": choices})
+def _tunable(default: Any, *choices: Any, of_step: bool = True) -> Any:
+    return field(default=default, metadata={"choices": choices, "of_step": of_step})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,13 +50,13 @@ class DecodeConfig:
         Warps, and so rows in flight, of a block of encode.cu and dequantise.cu.
     """
 
-    warps: int = _tunable(8, 4, 8, 16)
+    warps: int = _tunable(8, 4, 6, 8, 12, 16)
     blocks_per_sm: int = _tunable(2, 1, 2, 3, 4)
     key_stages: int = _tunable(1, 1, 2, 3)
     eager_values: bool = _tunable(False, False, True)
     strided_tiles: bool = _tunable(True, False, True)
-    waves: int = _tunable(1, 1, 2)
-    encode_warps: int = _tunable(8, 4, 8, 16)
+    waves: int = _tunable(1, 1, 2, 3, 4)
+    encode_warps: int = _tunable(8, 4, 8, 16, of_step=False)
 
     @classmethod
     def from_settings(cls, settings: dict[str, str]) -> DecodeConfig:
@@ -82,12 +82,23 @@ class DecodeConfig:
 CHOICES: dict[str, tuple[Any, ...]] = {
     tunable.name: tunable.metadata["choices"] for tunable in fields(DecodeConfig)
 }
+#: The tunables that change the time of a decode step; the others change that of encoding alone.
+STEP_TUNABLES: tuple[str, ...] = tuple(
+    tunable.name for tunable in fields(DecodeConfig) if tunable.metadata["of_step"]
+)
 
 
-def configurations(spec: DecodeSpec, target: DeviceTarget) -> Iterator[DecodeConfig]:
-    """All legal configurations, in the order of the fields' choices."""
-    for values in itertools.product(*CHOICES.values()):
-        config = DecodeConfig(**dict(zip(CHOICES, values, strict=True)))
+def products(names: Sequence[str] = tuple(CHOICES)) -> Iterator[DecodeConfig]:
+    """All combinations of the choices of ``names``, legal or not, the others at their defaults."""
+    for values in itertools.product(*(CHOICES[name] for name in names)):
+        yield DecodeConfig(**dict(zip(names, values, strict=True)))
+
+
+def configurations(
+    spec: DecodeSpec, target: DeviceTarget, names: Sequence[str] = tuple(CHOICES)
+) -> Iterator[DecodeConfig]:
+    """The legal ones of `products`, in the order of the fields' choices."""
+    for config in products(names):
         if not restrictions(spec, config, target):
             yield config
 
@@ -137,9 +148,9 @@ def restrictions(spec: DecodeSpec, config: DecodeConfig, target: DeviceTarget) -
     Every reason is also a ``static_assert`` of the kernels, in the same words.
     """
     reasons = [
-        f"{name} {value!r}: allowed are {', '.join(map(str, CHOICES[name]))}"
-        for name, value in asdict(config).items()
-        if value not in CHOICES[name]
+        f"{name} {getattr(config, name)!r}: allowed are {', '.join(map(str, choices))}"
+        for name, choices in CHOICES.items()
+        if getattr(config, name) not in choices
     ]
     if reasons:
         return reasons

@@ -68,7 +68,7 @@ def test_reasons_name_what_is_too_much() -> None:
     crowded = DecodeConfig(warps=16, blocks_per_sm=4)
     assert any("registers" in reason for reason in restrictions(SPEC, crowded, SM90))
     unknown = DecodeConfig(warps=7)
-    assert restrictions(SPEC, unknown, SM90) == ["warps 7: allowed are 4, 8, 16"]
+    assert restrictions(SPEC, unknown, SM90) == ["warps 7: allowed are 4, 6, 8, 12, 16"]
 
 
 def test_check_legal_lists_every_reason() -> None:
@@ -84,7 +84,7 @@ def test_settings_come_as_texts() -> None:
     assert config == DecodeConfig(warps=4, strided_tiles=False)
     with pytest.raises(CodegenError, match=r"warp_count.*give one of warps"):
         DecodeConfig.from_settings({"warp_count": "4"})
-    with pytest.raises(CodegenError, match="warps=7: give one of 4, 8, 16"):
+    with pytest.raises(CodegenError, match="warps=7: give one of 4, 6, 8, 12, 16"):
         DecodeConfig.from_settings({"warps": "7"})
 
 
