@@ -63,12 +63,14 @@ class Sizes:
 
     def shape(self, terms: tuple[str, ...], plane: int = 0) -> tuple[int, ...]:
         """Numbers of a declared shape; ``plane`` says which plane's rows ``plane_bytes`` means."""
+        names = dict(self.names)
+        if "plane_bytes" in terms:
+            names["plane_bytes"] = self.plane_bytes[plane]
         out: list[int] = []
         for term in terms:
             if term == "*rows":
                 out += self.rows
                 continue
-            names = {**self.names, "plane_bytes": self.plane_bytes[plane]}
             factors = (factor.strip() for factor in term.split("*"))
             out.append(math.prod(int(f) if f.isdecimal() else names[f] for f in factors))
         return tuple(out)

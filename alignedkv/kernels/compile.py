@@ -32,7 +32,7 @@ from alignedkv.kernels.spec import DecodeSpec
 _log = logging.getLogger(__name__)
 
 #: Division and square root stay IEEE: kernels that want approximations ask by name.  Unused
-#: constants are no warning (177), since every file gets the same ones.  Everything is device code, the
+#: constants are no warning (177), since every file gets the same ones.  All is device code, the
 #: bodies of unrolled loops (lambdas) too, which have no place for a ``__device__``.
 OPTIONS = (
     "--std=c++17",

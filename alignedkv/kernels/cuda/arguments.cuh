@@ -122,8 +122,8 @@ struct DecodeArguments {
 
 // paper.cu.  Tiles of keys hold 128 tokens.
 struct PaperArguments {
-  u16* keys;              // [B, Hkv, T, D] or null: fp16, of paper_encode alone
-  u16* values;            // [B, Hkv, T, D] or null
+  RowBits* keys;          // [B, Hkv, T, D] or null: fp16, of paper_encode alone
+  RowBits* values;        // [B, Hkv, T, D] or null
   u8* key_high;           // [B, Hkv, key_tiles, D, 128]
   u8* key_middle;         // [B, Hkv, key_tiles, D, 64]
   u8* key_low;            // [B, Hkv, key_tiles, D, 64]
@@ -131,11 +131,12 @@ struct PaperArguments {
   u8* value_middle;       // [B, Hkv, T, half_dim]
   u8* value_low;          // [B, Hkv, T, half_dim]
   float* key_largest;     // [B, Hkv, D] max |k| of each channel
-  u16* value_largest;     // [B, Hkv, T] max |v| of each token, fp16
+  float* value_largest;   // [B, Hkv, D] max |v| of each channel
   i32* lengths;           // [B]
   QueryBits* query;       // [B, H, D] or null: of the other kernels
-  float* size;            // [B, H] or null: max |o| as far as it is known beforehand
+  float* expected;        // [B, H, D] or null: the output as far as it is known beforehand
   i32* channel_order;     // [B, Hkv, D] descending in planes read
+  i32* value_exponent;    // [B, H] of a weight that matters as much as the output's last bit asks
   float* scores;          // [B, H, T]
   float* split_largest;   // [B, H, splits]
   float* split_sum;       // [B, H, splits]
@@ -148,6 +149,6 @@ struct PaperArguments {
   float scaling;          // lambda
   i32 key_gap_of_two;     // exponents below the largest channel from which two planes do
   i32 key_gap_of_one;     // ... from which one does
-  i32 value_gap_of_two;   // exponents below the output
+  i32 value_gap_of_two;   // exponents below value_exponent
   i32 value_gap_of_one;
 };

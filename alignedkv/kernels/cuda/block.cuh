@@ -1,0 +1,92 @@
+// Shared memory of a block of decode.cu, and what it leaves for the block that merges.
+
+#include "arguments.cuh"
+#include "bounds.cuh"
+#include "query.cuh"
+#include "tiles.cuh"
+
+constexpr int kThreads = 32 * kWarps;
+// A score so low that its weight is 0 whatever it is added to.
+constexpr float kNever = -1e30f;
+
+// Numbers of a head that a step's hints fix; logarithms are to base 2.
+enum Constant {
+  kOffset,       // of a score relative to the hint L (softcap: of the score before the cap)
+  kHint,         // L
+  kMargin,       // of the score of a planned weight, per key scale: margin sigma(1) / g
+  kReachSize,    // error of an addend in units of theta: key scale (this value scale + next)
+  kReachSpread,
+  kWanted,       // a value row is wanted where weight + this + log2 g > 0
+  kValueGain,    // error of a value addend in units of theta, per weight and value scale
+  kError,        // estimate: sigma(1) / g          deterministic: e(1) / g
+  kErrorMore,    // estimate: hint of the spread    deterministic: (b + e^a) / g
+  kConstants
+};
+
+// Sums of a head over tokens, in the order of a Partial.
+constexpr int kTotal = 0;                                  // weights
+constexpr int kHalves = 1;                                 // weight, value scale, digit middles
+constexpr int kFirstBound = 2;                             // those of the bound ...
+constexpr int kRounding = kFirstBound + Sums<kBound>::kCount;
+constexpr int kSumCount = kRounding + 1;
+
+__device__ __forceinline__ constexpr bool is_square(int sum) {
+  return (sum >= kFirstBound && sum < kFirstBound + Sums<kBound>::kSquares) ||
+         (sum == kRounding && Sums<kBound>::kSquaredRounding);
+}
+
+// What a block found, relative to exp2(reference).
+struct alignas(16) Partial {
+  float output[kGroup][kChannels];      // digits times weights
+  float classes[kDitherRows][kHeads];   // B of theory.md (2.3): weights times value scales
+  float sums[kSumCount][kHeads];
+  float reference[kHeads];
+  float largest_draw[kHeads];           // log2 of M / theta_s of sampling.md, Theorem S1, times the denominator
+};
+static_assert(sizeof(Partial) == 4 * kPartialFloats);
+static_assert(sizeof(Query) == kQueryBytes);
+
+constexpr int rare_bytes() {
+  int most = 0;
+  for (int plane = 2; plane < kStoredPlanes; ++plane) {
+    most = kPlaneRowBytes[plane] > most ? kPlaneRowBytes[plane] : most;
+  }
+  return kRareRows * most;
+}
+
+struct alignas(16) WarpTiles {
+  u8 key_first[kKeyStages][kTile * kPlaneRowBytes[0]];
+  u8 key_second[kTile * kPlaneRowBytes[1]];
+  u8 value_first[2][kTile * kPlaneRowBytes[0]];
+  u8 value_second[kTile * kPlaneRowBytes[1]];
+  u8 key_rare[rare_bytes() > 0 ? rare_bytes() : 16];
+  float scores[kTile][kHeads];
+  u16 weights[kHeads][kTile + 16];  // by weight_slot
+  u32 scales[kKeyStages][kTile];
+  u8 order[kTile];
+};
+
+// The rows of two lanes that share a bank are a channel apart.
+struct Outputs {
+  float of[kWarps][4][kChannels + 1];
+};
+
+struct DecodeShared {
+  Query query;
+  float constants[kConstants][kHeads];
+  float classes[kWarps][kDitherRows][kHeads];
+  float reference[kWarps][kHeads];
+  float factor[kWarps][kHeads];
+  float sums[kWarps][kSumCount][kHeads];
+  float theta[kHeads];
+  float largest_draw[kWarps];
+  float sampling_share;  // theta_s / theta
+  u32 reads[2 * kStoredPlanes];
+  int trusted;
+  int is_last;
+  union {
+    WarpTiles tiles[kWarps];
+    Outputs outputs;
+  };
+};
+static_assert(sizeof(DecodeShared) <= kSharedBytes);

@@ -1,0 +1,167 @@
+// The sums over tokens from which a head's bound follows, and the bound.
+//
+// All terms are non-negative and weights unnormalised (w = exp(score - reference)), so sums of splits
+// add.  Rounding, of these sums too, is paid for at the end (theory.md 7.2).
+
+#include "copies.cuh"
+#include "query.cuh"
+
+// What a token brings to the sums of all heads of its group.
+struct Token {
+  float key_scale, value_scale;
+  float key_step;    // 2^-bits: half step of the key planes read over that of the first
+  float value_step;  // likewise; of no meaning where no value plane was read
+  bool has_value;
+  float chance;      // probability with which the value row was read; 1 if for certain
+};
+
+// e^x - 1 <= x e^(x/2) e^(x^2/24), since sinh(y) <= y e^(y^2/6).
+__device__ __forceinline__ float expm1_over(float x) {
+  return x * exp2_fast(x * fmaf(x, kLog2e / 24, kLog2e / 2));
+}
+
+// e^x - 1 for a score error x, from above (theory.md 7.2).
+__device__ __forceinline__ float expm1_above(float x) {
+  x = fminf(x, 60.0f);
+  return x < 0x1p-6f ? fmaf(x, x, x) : fmaf(1.0f + 0x1p-17f, exp2_fast(x * kLog2e), -1.0f);
+}
+
+// Relative rounding of a computed weight, (7.2) of theory.md with |score - reference| up to 88.
+constexpr float kWeightRounding = 0x1p-15f;
+template <Bound kKind>
+struct Sums;
+
+// Estimate 9, (5.7) of theory.md, with the tokens' sums of one kind kept together: the variance of
+// keys, values and sampling, and what is added outright, skipped rows and the second-order term.
+template <>
+struct Sums<Bound::Estimate> {
+  static constexpr int kCount = 2;
+  float variance[kGroup] = {}, certain[kGroup] = {};
+
+  // Coefficients of a token that all heads share.
+  struct Shared {
+    float size, value_variance, skipped, step;
+  };
+  __device__ __forceinline__ static Shared shared_of(const Token& token) {
+    Shared s;
+    s.size = kHalfRange * token.value_scale;
+    s.step = token.key_scale * token.key_step;
+    const float half_step = token.value_scale * token.value_step * 0.288675135f;  // / (2 sqrt 3)
+    s.value_variance = token.has_value ? half_step * half_step : 0.0f;
+    s.skipped = token.has_value ? 0.0f : s.size;
+    if constexpr (kSampleValues) {
+      // sampling.md, Corollary: a row left to chance varies, and is not skipped.
+      const float largest = 8.0f * token.value_scale;
+      const float drawn = largest * largest * (1.0f / token.chance - 1.0f);
+      s.value_variance = fmaf(half_step, half_step, drawn);
+      s.skipped = 0.0f;
+    }
+    return s;
+  }
+
+  __device__ __forceinline__ void add(
+      int g, float weight, const Shared& s, float deviation, float spread) {
+    const float sigma = deviation * s.step, variance_of_score = sigma * sigma;
+    const float reach = weight * (s.size + spread);  // w R
+    const float square = reach * reach;
+    variance[g] = fmaf(square, expm1_over(variance_of_score), variance[g]);
+    variance[g] = fmaf(weight * weight, s.value_variance, variance[g]);
+    certain[g] = fmaf(reach, variance_of_score, certain[g]);
+    certain[g] = fmaf(weight, s.skipped, certain[g]);
+  }
+
+  // A row kept exact has no error.
+  __device__ __forceinline__ void add_exact(int, float) {}
+
+  template <int kSum>
+  __device__ __forceinline__ float& at(int g) {
+    return kSum == 0 ? variance[g] : certain[g];
+  }
+  // Sums of squares of weights scale with the square of the reference.
+  static constexpr int kSquares = 1;  // the first so many
+  // Roundings of block-scaled weights (a unit is `scale`) are independent: variances, and scale^2.
+  __device__ __forceinline__ static float rounding_of(float scale) { return scale * scale; }
+  static constexpr bool kSquaredRounding = true;
+};
+
+// Theorem 5 in its scalar form (4.3).
+template <>
+struct Sums<Bound::Deterministic> {
+  static constexpr int kCount = 4;
+  float score[kGroup] = {}, score_size[kGroup] = {}, value[kGroup] = {}, smallest[kGroup] = {};
+
+  struct Shared {
+    float size, value_error, scale, step;
+  };
+  __device__ __forceinline__ static Shared shared_of(const Token& token) {
+    Shared s;
+    s.size = kHalfRange * token.value_scale;
+    s.scale = token.key_scale;
+    s.step = token.key_scale * token.key_step;
+    // 0.01 units: the rounding of a stored value (theory.md 2).
+    const float read = token.value_scale * fmaf(0.5f, token.value_step, 0.01f / (1 << kScaleShift));
+    s.value_error = token.has_value ? read : s.size;
+    return s;
+  }
+
+  __device__ __forceinline__ void add(
+      int g, float weight, const Shared& s, float worst, float shift) {
+    const float e = fmaf(worst, s.step, fmaf(shift, s.scale, kWeightRounding));
+    const float grown = weight * expm1_above(e);
+    score[g] += grown;
+    score_size[g] = fmaf(grown, s.size, score_size[g]);
+    value[g] = fmaf(weight, s.value_error, value[g]);
+    smallest[g] = fmaf(weight, exp2_fast(-kLog2e * e), smallest[g]);
+  }
+
+  // A row kept exact has no error but that of its weight.
+  __device__ __forceinline__ void add_exact(int g, float weight) {
+    smallest[g] = fmaf(weight, 1.0f - kWeightRounding, smallest[g]);
+  }
+
+  template <int kSum>
+  __device__ __forceinline__ float& at(int g) {
+    return kSum == 0 ? score[g] : kSum == 1 ? score_size[g] : kSum == 2 ? value[g] : smallest[g];
+  }
+  static constexpr int kSquares = 0;
+  __device__ __forceinline__ static float rounding_of(float scale) { return scale; }
+  static constexpr bool kSquaredRounding = false;
+};
+
+// ---- the bound ------------------------------------------------------------------------------------
+
+// What a head's bound is made of, once its sums are complete.
+struct HeadTotals {
+  float sums[Sums<kBound>::kCount];  // divided by the denominator, or by its square
+  float rounding;                    // likewise
+  float classes;                     // sum of weights times value scales, divided
+  float sink;                        // weight of the sink logit
+  float spread_hint, spread;         // rho
+  float size;                        // of the output
+  float largest_draw;                // M of sampling.md, Theorem S1
+};
+
+// Bound on the largest error of a channel.  Sums of up to 2^13 roundings are within 2^-11 of exact;
+// the last factor pays for them (theory.md 7.2).
+__device__ __forceinline__ float bound_of(const HeadTotals& head, float z) {
+  constexpr float kPaid = 1.0f + 0x1p-9f;
+  // Sums in float32 of the value products, over the tiles of a warp, warps and splits.
+  const float arithmetic = 0x1p-18f * (2 * 16 * head.classes + head.size);
+  if constexpr (kBound == Bound::Estimate) {
+    // 32 tokens a tile, each off by up to half a unit (variance 1/12) times up to 16.
+    const float variance = head.sums[0] + head.rounding * (32.0f * 16 * 16 / 12);
+    // The spread in R was the hint; where it came out larger, R grew at most in proportion.
+    const float stale = head.spread > head.spread_hint ? head.spread / head.spread_hint : 1.0f;
+    float random = z * sqrtf(variance);
+    if constexpr (kSampleValues) {
+      // Bernstein's form of (S2): needs the variances only together.
+      const float draw = z * z * head.largest_draw * (1.0f / 6);
+      random = draw + sqrtf(fmaf(draw, draw, random * random));
+    }
+    return kPaid * (stale * (random + head.sums[1]) + arithmetic);
+  } else {
+    const float value = head.sums[2] + head.rounding * (32.0f * 16 / 2) + arithmetic;
+    const float smallest = (head.sums[3] + head.sink) * (1.0f - 0x1p-10f);
+    return kPaid * (value + (head.sums[1] + (head.spread + value) * head.sums[0]) / smallest);
+  }
+}

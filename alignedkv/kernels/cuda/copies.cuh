@@ -1,0 +1,104 @@
+// Asynchronous copies to shared memory, and the few instructions that CUDA C++ has no words for.
+
+#include "dtypes.cuh"
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+  return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes bypass L1; 4 and 8 cannot.  Offsets are immediates of the instruction.
+template <int kBytes, int kTo = 0, int kFrom = 0>
+__device__ __forceinline__ void copy_async(u32 to, const void* from) {
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;"
+                 :: "r"(to), "l"(from), "n"(kTo), "n"(kFrom) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0 + %2], [%1 + %3], %4;"
+                 :: "r"(to), "l"(from), "n"(kTo), "n"(kFrom), "n"(kBytes) : "memory");
+  }
+}
+
+// Where `on` does not hold, what lies in shared memory stays.
+template <int kBytes, int kTo = 0, int kFrom = 0>
+__device__ __forceinline__ void copy_async_if(u32 to, const void* from, u32 on) {
+  if constexpr (kBytes == 16) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %4, 0;\n"
+                 "@p cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;}"
+                 :: "r"(to), "l"(from), "n"(kTo), "n"(kFrom), "r"(on) : "memory");
+  } else {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %4, 0;\n"
+                 "@p cp.async.ca.shared.global [%0 + %2], [%1 + %3], %5;}"
+                 :: "r"(to), "l"(from), "n"(kTo), "n"(kFrom), "r"(on), "n"(kBytes) : "memory");
+  }
+}
+
+// Where `on` does not hold, zeros; nothing is read.
+template <int kBytes, int kTo = 0, int kFrom = 0>
+__device__ __forceinline__ void copy_async_or_zero(u32 to, const void* from, u32 on) {
+  const u32 bytes = on ? kBytes : 0;
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16, %4;"
+                 :: "r"(to), "l"(from), "n"(kTo), "n"(kFrom), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0 + %2], [%1 + %3], %5, %4;"
+                 :: "r"(to), "l"(from), "n"(kTo), "n"(kFrom), "r"(bytes), "n"(kBytes) : "memory");
+  }
+}
+
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// All groups but the last `kPending` have landed, for this lane's copies.
+template <int kPending>
+__device__ __forceinline__ void await_copies() {
+  asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory");
+}
+
+// Programmatic dependent launch (compute capability 9 and up; before that, a kernel starts when the one
+// before it has ended).  What the kernel before has written is there ...
+__device__ __forceinline__ void await_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// ... and the kernel behind may be started.
+__device__ __forceinline__ void release_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// 2^x and log2 x, to 2^-22 relative and absolute (theory.md, Theorem 12); subnormals count as 0.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float log2_fast(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Written by another block of this launch: past the L1.
+__device__ __forceinline__ float4 load_past_l1(const float4* from) {
+  float4 x;
+  asm volatile("ld.global.cg.v4.f32 {%0,%1,%2,%3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "l"(from) : "memory");
+  return x;
+}
+__device__ __forceinline__ float load_past_l1(const float* from) {
+  float x;
+  asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
+  return x;
+}
+__device__ __forceinline__ void store_past_l1(float* to, float x) {
+  asm volatile("st.global.cg.f32 [%0], %1;" :: "l"(to), "f"(x) : "memory");
+}

@@ -1,0 +1,240 @@
+// The end of a step: sums of warps to a block's, of blocks to a head's, and the head's answer.
+
+#include "block.cuh"
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  return x;
+}
+
+// Largest of numbers of any sign, by the order of their bits.
+__device__ __forceinline__ float warp_max(float x) {
+  const int bits = __float_as_int(x), ordered = bits ^ (bits >> 31 & 0x7fffffff);
+  const int largest = __reduce_max_sync(kAllLanes, ordered);
+  return __int_as_float(largest ^ (largest >> 31 & 0x7fffffff));
+}
+
+// Threads that share the dither classes of a channel: a power of two, as their number is.
+constexpr int dither_shares() {
+  int shares = 1;
+  while (2 * shares * kChannels <= kThreads) shares *= 2;
+  return shares;
+}
+constexpr int kShares = dither_shares();
+
+// Shared memory of the merge, over the tiles.
+struct Merge {
+  Partial whole;
+  float correction[kShares][kGroup][kChannels];  // shares of sum B_s U_s, in units of the dither
+  float factor[kMaxSplits][kHeads];
+};
+
+// ---- warps to a block -----------------------------------------------------------------------------
+
+// Factor of each warp's sums: 2^(its reference - the block's).
+__device__ __forceinline__ void set_warp_factors(DecodeShared& shared, Partial& part) {
+  if (threadIdx.x < kHeads) {
+    const int g = threadIdx.x;
+    float top = shared.reference[0][g];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) top = fmaxf(top, shared.reference[w][g]);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      shared.factor[w][g] = exp2_fast(shared.reference[w][g] - top);
+    }
+    store_past_l1(&part.reference[g], top);
+    if constexpr (kSampleValues) {
+      float draw = shared.largest_draw[0];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) draw = fmaxf(draw, shared.largest_draw[w]);
+      store_past_l1(&part.largest_draw[g], draw);
+    }
+  }
+}
+
+// Sums and class sums of the block.
+__device__ __forceinline__ void leave_block_sums(const DecodeShared& shared, Partial& part) {
+  for (int i = threadIdx.x; i < kDitherRows * kHeads; i += kThreads) {
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      sum = fmaf(shared.factor[w][i % kHeads], (&shared.classes[w][0][0])[i], sum);
+    }
+    store_past_l1(&part.classes[0][0] + i, sum);
+  }
+  for (int i = threadIdx.x; i < kSumCount * kHeads; i += kThreads) {
+    const bool square = is_square(i / kHeads);
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      const float factor = shared.factor[w][i % kHeads];
+      sum = fmaf(square ? factor * factor : factor, (&shared.sums[w][0][0])[i], sum);
+    }
+    store_past_l1(&part.sums[0][0] + i, sum);
+  }
+}
+
+// ---- blocks to a head -----------------------------------------------------------------------------
+
+// Factor of each split's sums: 2^(its reference - the largest).
+__device__ __forceinline__ void set_factors(
+    float (*factor)[kHeads], Partial& whole, const Partial* parts, int splits) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int g = warp; g < kHeads; g += kWarps) {
+    float top = kNever, draw = kNever;
+    for (int i = lane; i < splits; i += 32) {
+      top = fmaxf(top, load_past_l1(&parts[i].reference[g]));
+      if constexpr (kSampleValues) draw = fmaxf(draw, load_past_l1(&parts[i].largest_draw[g]));
+    }
+    top = warp_max(top), draw = warp_max(draw);
+    for (int i = lane; i < splits; i += 32) {
+      factor[i][g] = exp2_fast(load_past_l1(&parts[i].reference[g]) - top);
+    }
+    if (lane == 0) whole.reference[g] = top, whole.largest_draw[g] = draw;
+  }
+}
+
+// Four floats of all splits, weighed by their factors.
+__device__ __forceinline__ void sum_parts(
+    Partial& whole, const Partial* parts, const float (*factor)[kHeads], int splits) {
+  constexpr int kColumns = (kGroup * kChannels + (kDitherRows + kSumCount) * kHeads) / 4;
+  constexpr int kOutputColumns = kGroup * kChannels / 4;
+  constexpr int kSumColumn = kOutputColumns + kDitherRows * kHeads / 4;
+  for (int column = threadIdx.x; column < kColumns; column += kThreads) {
+    const bool is_output = column < kOutputColumns;
+    const int head = is_output ? 4 * column / kChannels : 4 * (column % kHeadBlocks);
+    const bool square = column >= kSumColumn && is_square((column - kSumColumn) / kHeadBlocks);
+    const float4* from = reinterpret_cast<const float4*>(parts) + column;
+    constexpr int kStride = sizeof(Partial) / 16;
+    float4 sum = make_float4(0, 0, 0, 0);
+    constexpr int kBatch = 12;
+    for (int first = 0; first < splits; first += kBatch) {
+      float4 x[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        x[k] = make_float4(0, 0, 0, 0);
+        if (first + k < splits) x[k] = load_past_l1(from + static_cast<i64>(first + k) * kStride);
+      }
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+        if (first + k >= splits) break;
+        const float* of = factor[first + k] + head;
+        float4 f = is_output ? make_float4(of[0], of[0], of[0], of[0])
+                             : make_float4(of[0], of[1], of[2], of[3]);
+        if (square) f = make_float4(f.x * f.x, f.y * f.y, f.z * f.z, f.w * f.w);
+        sum.x = fmaf(f.x, x[k].x, sum.x), sum.y = fmaf(f.y, x[k].y, sum.y);
+        sum.z = fmaf(f.z, x[k].z, sum.z), sum.w = fmaf(f.w, x[k].w, sum.w);
+      }
+    }
+    reinterpret_cast<float4*>(&whole)[column] = sum;
+  }
+}
+
+// sum_s B_s U_s of each channel (theory.md (2.3)), in shares.
+__device__ __forceinline__ void correct_dither(Merge& merge, const i16* dither) {
+  constexpr int kClasses = kDitherRows / kShares, kBatch = kClasses < 16 ? kClasses : 16;
+  for (int i = threadIdx.x; i < kShares * kChannels; i += kThreads) {
+    const int channel = i % kChannels, share = i / kChannels;
+    float sum[kGroup] = {};
+    for (int first = share * kClasses; first < (share + 1) * kClasses; first += kBatch) {
+      i16 entry[kBatch];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) entry[k] = dither[(first + k) * kChannels + channel];
+#pragma unroll
+      for (int k = 0; k < kBatch; ++k) {
+#pragma unroll
+        for (int g = 0; g < kGroup; ++g) {
+          sum[g] = fmaf(merge.whole.classes[first + k][g], entry[k], sum[g]);
+        }
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) merge.correction[share][g][channel] = sum[g];
+  }
+}
+
+// ---- a head's answer ------------------------------------------------------------------------------
+
+// The next step's theta (policy.py, feedback_theta).
+__device__ __forceinline__ float feedback(float theta, float bound, float tau) {
+  constexpr float kMargin = 0.659753955f;  // 2^-0.6
+  const float wanted = tau / fmaxf(bound, 0x1p-126f) * kMargin;
+  const float next = theta * fminf(fmaxf(wanted, 0.25f), 4.0f);
+  return fminf(fmaxf(next, 0x1p-20f * tau), 4.0f * tau);
+}
+
+// One warp: output, bound and state of query head g of the group.  Returns whether its bound missed.
+__device__ __forceinline__ bool answer(
+    const DecodeArguments& a, const DecodeShared& shared, const Merge& merge, i64 of_head, int g) {
+  const int lane = threadIdx.x % 32;
+  const i64 query_head = of_head * kGroup + g;
+  const Partial& whole = merge.whole;
+  const float hint = shared.constants[kHint][g], top = whole.reference[g];
+  float sink = 0;
+  if constexpr (kSinks) {
+    sink = exp2_fast(fmaf(a.sinks[query_head % (a.cache.kv_heads * kGroup)], kLog2e, -hint - top));
+  }
+  const float total = whole.sums[kTotal][g] + sink;
+  const bool empty = total == 0.0f && shared.query.length >= 0 && top == kNever;
+  const float inverse = empty ? 0.0f : 1.0f / total;
+  float classes = 0;
+  for (int s = lane; s < kDitherRows; s += 32) classes += whole.classes[s][g];
+  classes = warp_sum(classes);
+  // The middle of first digits and the offset of words, for all rows; what finer digits change.
+  const float constant = whole.sums[kHalves][g] - kHalfRange * classes;
+  float size = 0, spread = 0, largest_mean = 0;
+  bool is_nan = false;
+  for (int channel = lane; channel < kHeadDim; channel += 32) {
+    float correction = 0;
+#pragma unroll
+    for (int share = 0; share < kShares; ++share) correction += merge.correction[share][g][channel];
+    constexpr float kUnitOfDither = 1.0f / (1 << (kScaleShift + kDitherFractionBits));
+    const float centred =
+        (fmaf(-kUnitOfDither, correction, whole.output[g][channel]) + constant) * inverse;
+    const float mean = a.cache.value_mean[of_head * kHeadDim + channel];
+    const float rest = empty ? -mean : fmaf(-sink * inverse, mean, centred);
+    float output = mean + rest;
+    if (shared.query.length < 0) output = __int_as_float(0x7fc00000);
+    is_nan |= !(fabsf(output) < __int_as_float(0x7f800000));
+    size = fmaxf(size, fabsf(output)), spread = fmaxf(spread, fabsf(rest));
+    largest_mean = fmaxf(largest_mean, fabsf(mean));
+    a.result.output[query_head * kHeadDim + channel] = from_float<kQueryDtype>(output);
+  }
+  size = warp_max(size), spread = warp_max(spread), largest_mean = warp_max(largest_mean);
+  is_nan = __any_sync(kAllLanes, is_nan);
+
+  HeadTotals head;
+#pragma unroll
+  for (int i = 0; i < Sums<kBound>::kCount; ++i) {
+    const float scale = is_square(kFirstBound + i) ? inverse * inverse : inverse;
+    head.sums[i] = whole.sums[kFirstBound + i][g] * scale;
+  }
+  head.rounding =
+      whole.sums[kRounding][g] * (Sums<kBound>::kSquaredRounding ? inverse * inverse : inverse);
+  head.classes = classes * inverse;
+  head.sink = sink * inverse;
+  head.spread_hint = a.state.spread[query_head], head.spread = spread;
+  head.size = size + largest_mean;
+  head.largest_draw = shared.theta[g] * shared.sampling_share *
+                      exp2_fast(whole.largest_draw[g] - top) * inverse;
+  float bound = empty ? 0.0f : bound_of(head, a.step.deviations);
+  if (!(bound >= 0) || is_nan) bound = __int_as_float(0x7f800000);
+  const bool missed = !(bound <= a.step.tolerance * (size - bound));
+  if (lane != 0) return missed;
+
+  a.result.bound[query_head] = bound;
+  a.result.size[query_head] = is_nan ? __int_as_float(0x7fc00000) : size;
+  a.result.missed[query_head] = missed;
+  // A denominator outside the floats says only that the hint was wrong: NaN, no hint (decode.cu).
+  const bool known = total > 0 && total < __int_as_float(0x7f800000);
+  const float ln2 = 0.693147181f;
+  a.state.log_z[query_head] = known || empty ? fmaf(ln2, hint + top, logf(total))
+                                             : __int_as_float(0x7fc00000);
+  if (!is_nan) a.state.spread[query_head] = spread;
+  const float tau = a.step.tolerance * size, theta = shared.theta[g];
+  if (a.pass == 0 && tau > 0 && !is_nan) a.state.theta[query_head] = feedback(theta, bound, tau);
+  const float finer = fminf(0.5f, 0.5f * tau / bound);
+  a.workspace.retry_theta[query_head] = missed ? theta * (finer >= 0 ? finer : 0.0f) : theta;
+  return missed;
+}

@@ -1,0 +1,186 @@
+// Everything of a step that is done once per KV head: append the new token, turn the queries, and
+// leave a `Query` for the blocks of decode.cu, which start while this kernel still runs.
+//
+// Grid (Hkv, B), one block a KV head.
+
+#include "arguments.cuh"
+#include "copies.cuh"
+#include "mma.cuh"
+#include "query.cuh"
+#include "rows.cuh"
+
+constexpr int kPrepareWarps = 8;
+static_assert(kDitherRows % 16 == 0, "dither rows are multiplied 16 at a time");
+
+struct PrepareShared {
+  i16 numbers[kHeads][kChannels];  // q' in units of its largest over kLargestNumber
+  float unit[kHeads];
+  float sum[kHeads];
+  Words words;
+};
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
+  return x;
+}
+
+// One warp: query head -> its numbers and 16-bit integers.
+__device__ void turn_query(
+    const DecodeArguments& a, PrepareShared& shared, Query& query, int sequence, int kv_head, int g) {
+  const int lane = lane_of_thread();
+  const i64 of_head = head_index(a.cache, sequence, kv_head);
+  float x[kPerLane];
+  load_row<kQueryDtype>(x, a.query + (of_head * kGroup + g) * kHeadDim);
+  float base = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int c = channel(i, lane);
+    if (c < kHeadDim) base += x[i] * a.cache.key_mean[of_head * kHeadDim + c];
+  }
+  transform_query(x, a.cache, of_head);
+  float largest = 0, norm1 = 0, norm2 = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    largest = fmaxf(largest, fabsf(x[i]));
+    norm1 += fabsf(x[i]);
+    norm2 += x[i] * x[i];
+  }
+  largest = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(largest)));
+  const float unit = fmaxf(largest, 1e-30f) * (1.0f / kLargestNumber), inverse = 1.0f / unit;
+  float rounding = 0;
+  int sum = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int n = min(max(__float2int_rn(x[i] * inverse), -kLargestNumber), kLargestNumber);
+    shared.numbers[g][channel(i, lane)] = static_cast<i16>(n);
+    rounding += fabsf(x[i] - unit * n);
+    sum += n;
+  }
+  base = warp_sum(base), norm1 = warp_sum(norm1), norm2 = sqrtf(warp_sum(norm2));
+  rounding = warp_sum(rounding), sum = __reduce_add_sync(kAllLanes, sum);
+  if (lane != 0) return;
+
+  const float lambda = a.step.scaling;
+  const float in_score = kSoftcap ? 1.0f / a.step.softcap : kLog2e;
+  const float unit_score = lambda * unit * in_score;
+  shared.unit[g] = unit_score;
+  shared.sum[g] = static_cast<float>(sum);
+  // theory.md (3.1), in units of g = 4096 f, and (7.1); gamma_n = n u.
+  constexpr float kUnitRoundoff = 0x1p-24f, kRootC = kChannels == 64 ? 8.0f : 16.0f;
+  constexpr float kStages = 9.0f;  // log2 of a Hadamard block, plus one, at most
+  const float encoder =
+      ((0x1p-5f + 0x1p-8f) * norm1 + 0.002f * kStages * kRootC * norm2) * 0x1p-12f;
+  const float arithmetic =
+      8.5f * (rounding + kUnitRoundoff * (9.0f * norm1 + kStages * kRootC * norm2));
+  const float slack = 1.0f + 0x1p-16f;  // the sums above are rounded themselves
+  query.numbers[kUnit16][g] = unit_score * (1.0f / 16);
+  query.numbers[kHalf][g] = unit_score * sum;
+  query.numbers[kBase][g] = lambda * base * in_score;
+  query.numbers[kDeviation][g] = lambda * norm2 * slack * 0.288675135f;  // 1 / (2 sqrt 3)
+  query.numbers[kWorst][g] = lambda * norm1 * slack * 0.5f;
+  query.numbers[kShift][g] = lambda * slack * (encoder + arithmetic);
+}
+
+// Four channels of a query column as its high or low digits.
+__device__ __forceinline__ u32 digit_word(const i16* numbers, bool low) {
+  u32 word = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const u32 digits = static_cast<u32>(numbers[i] + (low ? 0 : 128));
+    word |= ((low ? digits : digits >> 8) & 0xff) << (8 * i);
+  }
+  return word;
+}
+
+// 16 dither rows times the queries of four heads -> what a class adds to a score, per unit of g:
+// 7.5 for the middle of the first digit and the offset of the words, and the dither itself.
+__device__ __forceinline__ void class_products(
+    const i16* dither, const PrepareShared& shared, Query& query, int first_row, int block) {
+  const int lane = lane_of_thread(), r = lane / 4, c = lane % 4;
+  int high[4] = {}, low[4] = {};
+#pragma unroll
+  for (int s = 0; s < kSlots; s += 2) {
+    u32 upper[4], lower[4], q[2];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {  // a0 .. a3: row r + 8 (k % 2), slot s + k / 2
+      const i16* row = dither + (first_row + r + 8 * (k % 2)) * kChannels;
+      const uint2 entries = *reinterpret_cast<const uint2*>(row + slot_channel(s + k / 2, c));
+      upper[k] = __byte_perm(entries.x, entries.y, 0x7531);
+      lower[k] = __byte_perm(entries.x, entries.y, 0x6420);
+    }
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      q[k] = query.digits[block][(s + k) / kSlotVector][lane][(s + k) % kSlotVector];
+    }
+    multiply_add_signed(high, upper[0], upper[1], upper[2], upper[3], q[0], q[1]);
+    multiply_add(low, lower[0], lower[1], lower[2], lower[3], q[0], q[1]);
+  }
+  const int head = 4 * block + c;
+  const float unit = shared.unit[head], half = -kHalfRange * shared.sum[head];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const float product = 256.0f * joined(high[2 * k], high[2 * k + 1]) +
+                          static_cast<float>(joined(low[2 * k], low[2 * k + 1]));
+    constexpr float kUnitOfDither = 1.0f / (1 << (kScaleShift + kDitherFractionBits));
+    query.classes[first_row + r + 8 * k][head] = unit * (half - product * kUnitOfDither);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(const DecodeArguments a) {
+  __shared__ PrepareShared shared;
+  const int warp = threadIdx.x / 32, kv_head = blockIdx.x, sequence = blockIdx.y;
+  await_previous_kernel();
+  release_next_kernel();
+  const i64 of_head = head_index(a.cache, sequence, kv_head);
+  Query& query = reinterpret_cast<Query*>(a.workspace.queries)[of_head];
+  const int before = a.cache.lengths[sequence], length = before + a.rows.tokens;
+  const bool fits = !overfull(a.cache, length);
+
+  for (int g = kGroup + warp; g < kHeads; g += kPrepareWarps) {
+    for (int c = lane_of_thread(); c < kChannels; c += 32) shared.numbers[g][c] = 0;
+    if (lane_of_thread() == 0) {
+      shared.unit[g] = shared.sum[g] = 0;
+      for (int n = 0; n < kNumbers; ++n) query.numbers[n][g] = 0;
+    }
+  }
+  for (int g = warp; g < kGroup; g += kPrepareWarps) {
+    turn_query(a, shared, query, sequence, kv_head, g);
+  }
+  if (warp == kPrepareWarps - 1 && a.rows.tokens == 1 && fits) {
+    const i64 key = sequence * a.rows.key_strides[0] + kv_head * a.rows.key_strides[1];
+    const i64 value = sequence * a.rows.value_strides[0] + kv_head * a.rows.value_strides[1];
+    encode_token(a.cache, sequence, kv_head, before, length, a.rows.keys + key,
+                 a.rows.values + value, shared.words);
+  }
+  __syncthreads();
+  u32* digits = &query.digits[0][0][0][0];
+  for (int i = threadIdx.x; i < kHeadBlocks * kSlots * 32; i += kPrepareWarps * 32) {
+    const int block = i / (kSlots * 32), in_block = i % (kSlots * 32);
+    const int slot = in_block / (32 * kSlotVector) * kSlotVector + in_block % kSlotVector;
+    const int lane = in_block / kSlotVector % 32, column = lane / 4;
+    const i16* numbers = shared.numbers[4 * block + column / 2] + slot_channel(slot, lane % 4);
+    digits[i] = digit_word(numbers, column % 2);
+  }
+  if (threadIdx.x < 2 * kStoredPlanes) a.result.reads[of_head * 2 * kStoredPlanes + threadIdx.x] = 0;
+  if (threadIdx.x == 0) {
+    query.length = fits ? length : -1;
+    query.stream = mix(mix(mix(a.step.seed + kSpread) ^ *a.state.step) ^ static_cast<u32>(of_head));
+  }
+  __syncthreads();
+  for (int i = warp; i < kDitherRows / 16 * kHeadBlocks; i += kPrepareWarps) {
+    class_products(a.cache.dither, shared, query, i / kHeadBlocks * 16, i % kHeadBlocks);
+  }
+  // All blocks of a sequence have read its length, and all blocks the counter of steps: the last may
+  // advance them.
+  if (threadIdx.x == 0) {
+    if (atomicAdd(a.workspace.prepared + sequence, 1) == gridDim.x - 1) {
+      a.workspace.prepared[sequence] = 0;
+      if (fits) a.cache.lengths[sequence] = length;
+    }
+    if (atomicAdd(a.workspace.all_prepared, 1) == gridDim.x * gridDim.y - 1) {
+      *a.workspace.all_prepared = 0;
+      *a.state.step += 1;
+    }
+  }
+}

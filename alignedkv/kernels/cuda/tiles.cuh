@@ -1,0 +1,151 @@
+// Which tokens a warp takes, where their rows lie, and how they come to shared memory.
+
+#include "arguments.cuh"
+#include "copies.cuh"
+#include "products.cuh"
+#include "rows.cuh"
+
+static_assert(kDitherRows % kTile == 0, "the classes of a tile lie in one block of dither rows");
+static_assert(kPageTokens == 0 || kPageTokens % 16 == 0, "a page holds half a tile at least");
+
+template <int kValue>
+struct Index {
+  static constexpr int value = kValue;
+};
+
+// f(Index<kFrom>()), ..., f(Index<kTo - 1>()): a loop whose counter is a constant.
+template <int kFrom, int kTo, class Body>
+__device__ __forceinline__ void unrolled(Body body) {
+  if constexpr (kFrom < kTo) {
+    body(Index<kFrom>());
+    unrolled<kFrom + 1, kTo>(body);
+  }
+}
+
+// Tokens that are attended, and the tiles that hold them.
+struct Range {
+  int start, first, end;  // of the sequence; of the attended tokens, and their end
+
+  __device__ __forceinline__ static Range of(int start, int length, int window) {
+    return {start, max(start, window ? length - window : 0), length};
+  }
+  __device__ __forceinline__ int first_tile() const { return first / kTile; }
+  __device__ __forceinline__ int tiles() const {
+    return end > first ? (end - 1) / kTile + 1 - first_tile() : 0;
+  }
+  __device__ __forceinline__ bool holds(int token) const { return token >= first && token < end; }
+  __device__ __forceinline__ bool is_exact(const Cache& cache, int token) const {
+    return token < start + cache.exact_first || token >= end - cache.exact_last;
+  }
+  // Attended tokens that are kept exact.
+  __device__ __forceinline__ int exact_tokens(const Cache& cache) const {
+    const int at_start = max(0, min(start + cache.exact_first, end) - first);
+    const int behind = max(end - cache.exact_last, max(start + cache.exact_first, first));
+    return at_start + max(0, end - behind);
+  }
+};
+
+// A warp's tiles, as tokens they begin with.  Taken in turn by all warps of a head, since important
+// tokens come in runs; else each block has a run of neighbours.
+struct Course {
+  int token, end, step;
+
+  __device__ __forceinline__ static Course of(const Range& range, int split, int splits, int warp) {
+    Course course;
+    const int tiles = range.tiles();
+    int first, end, step;
+    if constexpr (kStridedTiles) {
+      first = warp * splits + split, end = tiles, step = splits * kWarps;
+    } else {
+      const int begin = static_cast<int>(static_cast<i64>(tiles) * split / splits);
+      first = begin + warp, step = kWarps;
+      end = static_cast<int>(static_cast<i64>(tiles) * (split + 1) / splits);
+    }
+    course.token = (range.first_tile() + first) * kTile;
+    course.end = (range.first_tile() + end) * kTile;
+    course.step = step * kTile;
+    return course;
+  }
+};
+
+// Row i of a tile is row `low + i` of the planes, or `high + i` from 16 on (pages of 16 tokens).
+struct TileRows {
+  i64 low, high;
+
+  __device__ __forceinline__ static TileRows of(
+      const Cache& cache, int sequence, int head, int token) {
+    TileRows rows;
+    rows.low = row_index(cache, sequence, head, token);
+    rows.high = rows.low;
+    if constexpr (kPageTokens == 16) {
+      const int above = token + 16;
+      const bool exists = above / 16 < cache.max_pages;
+      rows.high = row_index(cache, sequence, head, exists ? above : token) - 16;
+    }
+    return rows;
+  }
+  __device__ __forceinline__ i64 of_row(int i) const {
+    return kPageTokens == 16 && i >= 16 ? high + i : low + i;
+  }
+};
+
+enum class Absent { Left, Zeroed };  // what lies where a row is not wanted
+enum class Side { Key, Value };
+
+// The wanted rows of a tile, in order, to `to`.
+template <Side kSide, int kPlane, Absent kAbsent>
+__device__ __forceinline__ void copy_rows(
+    u32 to, const u8* plane, const TileRows& rows, u32 wanted, int lane) {
+  constexpr int kWidth = kWidths[kPlane], kRowBytes = kPlaneRowBytes[kPlane];
+  constexpr int kChunk = kRowBytes % 16 == 0 ? 16 : 8, kPerRow = kRowBytes / kChunk;
+  const int row = lane / kPerRow, chunk = lane % kPerRow;
+  // The swizzle of rows that a lane copies is the same: they are 32 / kPerRow apart.
+  const int swizzle = kSide == Side::Key ? key_swizzle<kWidth>(row) : value_swizzle<kWidth>(row);
+  to += row * kRowBytes + (chunk ^ swizzle) * kChunk;
+  const u8* low = plane + rows.low * kRowBytes + lane * kChunk;
+  const u8* high = plane + rows.high * kRowBytes + lane * kChunk;
+  const u32 mine = wanted >> row;
+  unrolled<0, kPerRow>([&](auto i) {
+    constexpr int kIndex = decltype(i)::value, kOffset = kIndex * 32 * kChunk;
+    u32 on;
+    bool is_high;
+    if constexpr (32 % kPerRow == 0) {
+      on = mine & (1u << (32 / kPerRow * kIndex));
+      is_high = kPerRow == 1 ? row >= 16 : kIndex >= kPerRow / 2;
+    } else {
+      const int this_row = (lane + 32 * kIndex) / kPerRow;
+      on = wanted >> this_row & 1;
+      is_high = this_row >= 16;
+    }
+    const u8* from = kPageTokens == 16 && is_high ? high : low;
+    if constexpr (kAbsent == Absent::Left) {
+      copy_async_if<kChunk, kOffset, kOffset>(to, from, on);
+    } else {
+      copy_async_or_zero<kChunk, kOffset, kOffset>(to, from, on);
+    }
+  });
+}
+
+// All rows of a tile.
+template <Side kSide, int kPlane>
+__device__ __forceinline__ void copy_tile(u32 to, const u8* plane, const TileRows& rows, int lane) {
+  copy_rows<kSide, kPlane, Absent::Left>(to, plane, rows, 0xffffffffu, lane);
+}
+
+// Rows of a tile that are few: at most 16, named by `order`, side by side.
+constexpr int kRareRows = 16;
+
+template <int kPlane>
+__device__ __forceinline__ void copy_rare_rows(
+    u32 to, const u8* plane, const TileRows& rows, const u8* order, int count, u32 wanted, int lane) {
+  constexpr int kWidth = kWidths[kPlane], kRowBytes = kPlaneRowBytes[kPlane];
+  constexpr int kChunk = kRowBytes % 16 == 0 ? 16 : 8, kPerRow = kRowBytes / kChunk;
+#pragma unroll
+  for (int i = 0; i < (kRareRows * kPerRow + 31) / 32; ++i) {
+    const int id = lane + 32 * i, slot = id / kPerRow, chunk = id % kPerRow;
+    const int row = slot < count ? order[slot] : 0;
+    const u8* from = plane + rows.of_row(row) * kRowBytes + chunk * kChunk;
+    const u32 at = to + slot * kRowBytes + (chunk ^ key_swizzle<kWidth>(slot)) * kChunk;
+    if (slot < kRareRows) copy_async_or_zero<kChunk>(at, from, slot < count && (wanted >> row & 1));
+  }
+}
