@@ -126,8 +126,8 @@ def step(
     spec: DecodeSpec,
     config: DecodeConfig,
     cache: CacheArrays,
-    keys: Array,
-    values: Array,
+    keys: Array | None,
+    values: Array | None,
     query: Array,
     state: HeadState,
     arguments: StepArguments,
@@ -142,7 +142,8 @@ def step(
     ----------
     spec, config, cache, query, arguments, sinks, stream
         As for `decode`; the cache grows by one token per sequence.
-    keys, values : arrays [B, Hkv, 1, D] in row_dtype
+    keys, values : arrays [B, Hkv, 1, D] in row_dtype, or None
+        None for both appends nothing: several steps over one cache, as a benchmark makes them.
     state : HeadState
         Hints of the step before; replaced by those for the next.
     workspace : Workspace
@@ -154,9 +155,12 @@ def step(
     full is NaN, its bound infinite, and it counts as missed.
     """
     place = Place.of(spec, cache.scales, config, stream)
-    rows = new_rows(keys, values)
-    if rows["tokens"] != 1:
-        raise LaunchError(f"a step appends one token, not {rows['tokens']}: use encode for more")
+    if keys is None and values is None:
+        rows = _NO_ROWS
+    else:
+        rows = new_rows(keys, values)
+        if rows["tokens"] != 1:
+            raise LaunchError(f"a step appends one token, not {rows['tokens']}: use encode")
     return _run(place, cache, rows, query, state, arguments, workspace, sinks)
 
 
