@@ -27,24 +27,25 @@ WARP, WARPS = 32, 8
 #: Blocks of a kernel per SM: as many as its registers leave room for.
 BLOCKS_PER_SM = 4
 PLANE_WIDTHS = (8, 4, 4)
-_INPUTS = ("keys", "values", "query", "size", "lengths")
+_INPUTS = ("keys", "values", "query", "expected", "lengths")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaperRule:
-    """Exponents below the sum's from which two planes do, and from which one does.
+    """Exponents below what the sum asks from which two planes do, and from which one does.
 
     Attributes
     ----------
     key_gaps, value_gaps : pair of int
-        The paper's by default: a key channel loses 4 bits from 4 exponents on and 8 from 8 on, a
-        value row from 1 and from 2 on.
+        4 and 8 by default: an addend that lies so many binades lower has so many bits less to tell.
     """
 
     key_gaps: tuple[int, int] = (4, 8)
-    value_gaps: tuple[int, int] = (1, 2)
+    value_gaps: tuple[int, int] = (4, 8)
 
 
+#: The published code drops bits of value rows sooner.
+PUBLISHED = PaperRule(value_gaps=(1, 2))
 #: No exponent of a float32 lies that far below another.
 READ_ALL = PaperRule(key_gaps=(1000, 1000), value_gaps=(1000, 1000))
 
@@ -119,7 +120,7 @@ def store(
 def decode(
     cache: PaperCache,
     query: Array,
-    size: Array,
+    expected: Array,
     *,
     scaling: float,
     rule: PaperRule | None = None,
@@ -130,20 +131,21 @@ def decode(
     ----------
     cache : PaperCache
     query : float16 array [B, H, 128]
-    size : float32 array [B, H]
-        max |o| of each head as far as it is known beforehand, such as the step before's.  (The
-        paper estimates it from 32 tokens.)
+    expected : float32 array [B, H, 128]
+        The output as far as it is known beforehand, such as the step before's.  (The paper probes
+        32 tokens.)
     scaling : float
         Softmax scale.
     rule : PaperRule, optional
-        The paper's if not given.
+        The paper's, mended, if not given; `PUBLISHED` for its own gaps.
 
     Returns
     -------
     float32 array [B, H, 128]
         ``cache.arrays["output"]``, overwritten by the next step.
     """
-    packed = _packed(cache, query=query, size=size, scaling=scaling, rule=rule or PaperRule())
+    rule = rule or PaperRule()
+    packed = _packed(cache, query=query, expected=expected, scaling=scaling, rule=rule)
     names = cache.sizes.names
     heads = names["B"] * names["Hkv"]
     group, block = names["H"] // names["Hkv"], WARP * WARPS
@@ -178,7 +180,7 @@ def _packed(
     cache: PaperCache,
     *,
     query: Array | None = None,
-    size: Array | None = None,
+    expected: Array | None = None,
     scaling: float = 0.0,
     rule: PaperRule = READ_ALL,
     keys: Array | None = None,
@@ -188,7 +190,7 @@ def _packed(
     given = {
         **cache.arrays,
         "query": query,
-        "size": size,
+        "expected": expected,
         "keys": keys,
         "values": values,
         "kv_heads": names["Hkv"],

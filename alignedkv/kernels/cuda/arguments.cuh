@@ -136,7 +136,7 @@ struct PaperArguments {
   QueryBits* query;       // [B, H, D] or null: of the other kernels
   float* expected;        // [B, H, D] or null: the output as far as it is known beforehand
   i32* channel_order;     // [B, Hkv, D] descending in planes read
-  i32* value_exponent;    // [B, H] of a weight that matters as much as the output's last bit asks
+  i32* value_exponent;    // [B, H] exponent of a weight whose row deserves all its bits
   float* scores;          // [B, H, T]
   float* split_largest;   // [B, H, splits]
   float* split_sum;       // [B, H, splits]

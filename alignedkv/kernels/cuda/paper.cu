@@ -7,9 +7,10 @@
 //
 // Keys are read with as many planes per channel, values with as many per token, as the exponent of
 // the addend leaves of use in the sum; the unread bits are taken in the middle of their range.  The
-// rule is the paper's with its slips mended: channels by their largest |k|, tokens by |p v| against
-// |o| (of the step before, as ours), accumulation in float32, tokens split over the GPU.  With gaps
-// that no exponent reaches, the same kernels read all planes.
+// rule is the paper's with its slips mended: channels by their largest |k|, exponents as signed
+// numbers, the output's exponents from the step before (as ours) instead of a probe, accumulation in
+// float32, tokens split over the GPU.  With gaps that no exponent reaches, the same kernels read all
+// planes.
 
 #include "arguments.cuh"
 
@@ -26,8 +27,14 @@ static_assert(kPaperTile == kWarpSize * kPaperVector, "a warp reads a channel of
 
 // ---- helpers --------------------------------------------------------------------------------------
 
+// Exponent of x >= 0 as fp16 has it: subnormals count as 2^-15.
 __device__ __forceinline__ int exponent(float x) {
-  return static_cast<int>(__float_as_uint(x) >> 23 & 0xff) - 127;
+  return max(static_cast<int>(__float_as_uint(x) >> 23) - 127, -15);
+}
+
+// log2 of x > 0, linear within a binade.
+__device__ __forceinline__ float linear_log2(float x) {
+  return static_cast<float>(__float_as_uint(x)) * 0x1p-23f - 127.0f;
 }
 
 __device__ __forceinline__ float warp_max(float x) {
@@ -41,8 +48,13 @@ __device__ __forceinline__ float warp_sum(float x) {
 }
 
 // Planes that an addend needs whose exponent lies `gap` below the sum's.
-__device__ __forceinline__ int planes_of_gap(int gap, int gap_of_two, int gap_of_one) {
+__device__ __forceinline__ int planes_of_gap(float gap, int gap_of_two, int gap_of_one) {
   return gap >= gap_of_one ? 1 : gap >= gap_of_two ? 2 : 3;
+}
+
+// Raise a maximum of non-negative floats: they are ordered like their bits.
+__device__ __forceinline__ void raise(float* largest, float x) {
+  atomicMax(reinterpret_cast<u32*>(largest), __float_as_uint(x));
 }
 
 // Four nibbles of 16 bits into the lower halves of four bytes: dcba -> 0d 0c 0b 0a.
@@ -139,45 +151,52 @@ extern "C" __global__ void __launch_bounds__(kWarpSize)
     }
     keys.store(key_group(a, head.index, tile, c), bits);
     largest = warp_max(largest);
-    // Non-negative floats are ordered like their bits.
-    u32* known = reinterpret_cast<u32*>(a.key_largest + head.index * kHeadDim + c);
-    if (lane == 0) atomicMax(known, __float_as_uint(largest));
+    if (lane == 0) raise(a.key_largest + head.index * kHeadDim + c, largest);
   }
+  float largest[kPaperVector] = {};
   for (int t = 0; t < kPaperTile; ++t) {
     u16 bits[kPaperVector];
-    float largest = 0;
 #pragma unroll
     for (int i = 0; i < kPaperVector; ++i) {
       bits[i] = a.values[(row_of_tile + t) * kHeadDim + kPaperVector * lane + i];
-      largest = fmaxf(largest, fabsf(to_float<Float::F16>(bits[i])));
+      largest[i] = fmaxf(largest[i], fabsf(to_float<Float::F16>(bits[i])));
     }
     values.store(value_group(a, head.index, first + t), bits);
-    largest = warp_max(largest);
-    if (lane == 0) a.value_largest[row_of_tile + t] = from_float<Float::F16>(largest);
+  }
+#pragma unroll
+  for (int i = 0; i < kPaperVector; ++i) {
+    raise(a.value_largest + head.index * kHeadDim + kPaperVector * lane + i, largest[i]);
   }
 }
 
 // ---- plan -----------------------------------------------------------------------------------------
 
 // Planes of each key channel, the most that a head of the group wants; channels in descending order
-// of planes, so that `paper_scores` runs three loops without a branch.  grid: (1, B * Hkv); block: D
+// of planes, so that `paper_scores` runs three loops without a branch; and each head's exponent from
+// which on weights are read in full.  grid: (1, B * Hkv); block: D
 extern "C" __global__ void __launch_bounds__(kHeadDim)
     paper_plan(const __grid_constant__ PaperArguments a) {
-  __shared__ int largest[kGroup];
+  __shared__ int largest[kGroup], smallest[kGroup];
   __shared__ int planes[kHeadDim];
   const Head head = head_of_block(a);
   const int c = threadIdx.x;
-  const float key = a.key_largest[head.index * kHeadDim + c];
+  const int key = exponent(a.key_largest[head.index * kHeadDim + c]);
+  const int value = exponent(a.value_largest[head.index * kHeadDim + c]);
   const QueryBits* queries = a.query + head.index * kGroup * kHeadDim;
   int mine[kGroup];
-  if (c < kGroup) largest[c] = -1000;
+  if (c < kGroup) largest[c] = -1000, smallest[c] = 1000;
   __syncthreads();
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
-    mine[g] = exponent(fabsf(to_float<kQueryDtype>(queries[g * kHeadDim + c])) * key);
+    mine[g] = exponent(fabsf(to_float<kQueryDtype>(queries[g * kHeadDim + c]))) + key;
     atomicMax(&largest[g], mine[g]);
+    // A weight moves channel c by up to 2^(its exponent + value): compared with half of the output.
+    const i64 of_head = head.index * kGroup + g;
+    const int output = exponent(fabsf(a.expected[of_head * kHeadDim + c]));
+    atomicMin(&smallest[g], output - 1 - value);
   }
   __syncthreads();
+  if (c < kGroup) a.value_exponent[head.index * kGroup + c] = smallest[c];
   int wanted = 1;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
@@ -299,7 +318,6 @@ extern "C" __global__ void __launch_bounds__(kPaperThreads)
 
 struct ValueShared {
   float largest[kGroup], inverse_sum[kGroup];
-  int exponent_of_output[kGroup];
   float weights[kPaperWarps][kWarpSize][kGroup];
   float output[kGroup][kHeadDim];
 };
@@ -326,7 +344,6 @@ extern "C" __global__ void __launch_bounds__(kPaperThreads)
     all = warp_sum(all);
     if (lane == 0) {
       shared.largest[g] = top, shared.inverse_sum[g] = 1 / all;
-      shared.exponent_of_output[g] = exponent(a.size[of_head]);
     }
   }
   for (int i = threadIdx.x; i < kGroup * kHeadDim; i += kPaperThreads) {
@@ -340,16 +357,14 @@ extern "C" __global__ void __launch_bounds__(kPaperThreads)
   for (int first = (blockIdx.x * kPaperWarps + warp) * kWarpSize; first < length; first += step) {
     const int token = first + lane;
     const bool valid = token < length;
-    const u16 size_bits = valid ? a.value_largest[head.index * a.capacity + token] : u16{0};
-    const float size = to_float<Float::F16>(size_bits);
     int planes = 1;
     float (&weights)[kWarpSize][kGroup] = shared.weights[warp];
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
-      const float* scores = a.scores + (head.index * kGroup + g) * a.capacity;
-      const float score = valid ? scores[token] : -infinity();
+      const i64 of_head = head.index * kGroup + g;
+      const float score = valid ? a.scores[of_head * a.capacity + token] : -infinity();
       const float weight = __expf(score - shared.largest[g]) * shared.inverse_sum[g];
-      const int gap = shared.exponent_of_output[g] - exponent(weight * size);
+      const float gap = a.value_exponent[of_head] - linear_log2(weight);
       planes = max(planes, planes_of_gap(gap, a.value_gap_of_two, a.value_gap_of_one));
       weights[lane][g] = weight;
     }
