@@ -177,11 +177,20 @@ def _balance(spread: NDArray[np.float64], size: NDArray[np.float64]) -> NDArray[
     half = len(spread) // 2
     spread = np.tile(np.sqrt((spread[:half] ** 2 + spread[half:] ** 2) / 2), 2)
     size = np.tile((size[:half] + size[half:]) / 2, 2)
-    tiny = np.finfo(np.float64).tiny
-    exponent = np.round(np.log2(np.sqrt((spread + tiny) / (size + tiny))))
+    exponent = np.round((_log2_floored(spread) - _log2_floored(size)) / 2)
     exponent = np.maximum(exponent, exponent.max() - MAX_BALANCE_EXPONENT)
     balance: NDArray[np.float32] = np.exp2(exponent - exponent.min()).astype(np.float32)
     return balance
+
+
+def _log2_floored(size: NDArray[np.float64]) -> NDArray[np.float64]:
+    """log2, as if no channel were 2^-20 times smaller than the largest.
+
+    A channel that no query uses, or whose keys are all alike, has no say in the balance of others.
+    """
+    floor = max(size.max() * 2.0**-20, np.finfo(np.float64).tiny)
+    logarithm: NDArray[np.float64] = np.log2(np.maximum(size, floor))
+    return logarithm
 
 
 def _pad(rows: NDArray[Real], channels: int) -> NDArray[Real]:

@@ -35,6 +35,8 @@ from alignedkv.errors import SpecError
 from alignedkv.policy import BoundKind, PrecisionPolicy
 
 Form = Literal["channel", "scalar"]
+#: Relative error of a float64 sum of up to 2^20 weighted rows, generously.
+_RESOLUTION = 2.0**-30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +54,8 @@ class Certificate:
     size : float64 array [G]
         Largest |exact|, to which tolerances are relative.
     tolerance : float
+    resolution : float
+        What the float64 arithmetic of output and exact may add to the error.
     """
 
     kind: BoundKind
@@ -61,11 +65,12 @@ class Certificate:
     error: NDArray[np.float64]
     size: NDArray[np.float64]
     tolerance: float
+    resolution: float
 
     @property
     def holds(self) -> NDArray[np.bool_]:
         """Whether the error is within the bound [G]."""
-        return self.error <= self.bound
+        return self.error <= self.bound + self.resolution
 
     @property
     def missed(self) -> NDArray[np.bool_]:
@@ -123,6 +128,7 @@ def certify(
         error=error,
         size=scores.size,
         tolerance=policy.tolerance,
+        resolution=_RESOLUTION * float(np.abs(scores.encoded.case.value[scores.first :]).max()),
     )
 
 
@@ -134,6 +140,15 @@ def bound_of(
     deviations: float | None = None,
 ) -> NDArray[np.float64]:
     """Bound of what was read, from what was read [G]; parameters as in `certify`."""
+    # Weights that underflow and score errors that overflow meet as 0 times infinity: no bound.
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        bound = _bound_of(reading, policy, form, deviations)
+    return np.where(np.isnan(bound), np.inf, bound)
+
+
+def _bound_of(
+    reading: Reading, policy: PrecisionPolicy, form: Form, deviations: float | None
+) -> NDArray[np.float64]:
     scores = reading.scores
     case = scores.encoded.case
     z = policy.deviations(case.head_dim, case.tokens) if deviations is None else deviations

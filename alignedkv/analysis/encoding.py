@@ -123,8 +123,8 @@ class EncodedCase:
     value_mean : float32 array [D]
         Centre of the values.
     keys, values : StoredRows
-    centred : float32 array [T, D]
-        v' = v - value_mean, the rows that `values` holds.
+    value_rows : float32 array [T, D]
+        The values themselves, exactly, for what is measured and for rows that are kept.
     """
 
     case: AttentionCase
@@ -133,7 +133,7 @@ class EncodedCase:
     value_mean: NDArray[np.float32]
     keys: StoredRows
     values: StoredRows
-    centred: NDArray[np.float32]
+    value_rows: NDArray[np.float32]
 
     @property
     def bytes_stored(self) -> int:
@@ -193,15 +193,14 @@ def encode_case(
     fitted = replace(fitted, mean=_holdable(_all_pages(fitted, case.tokens), keys32))
     mean = values32[seen].mean(axis=0, dtype=np.float64).astype(np.float32)
     value_mean = _holdable(mean[None], values32)[0]
-    centred = values32 - value_mean
     return EncodedCase(
         case=case,
         policy=policy,
         transform=fitted,
         value_mean=value_mean,
         keys=_store(transformed_keys(fitted, keys32), policy, policy.key_layout, seed=2 * seed),
-        values=_store(centred, policy, policy.value_layout, seed=2 * seed + 1),
-        centred=centred,
+        values=_store(values32 - value_mean, policy, policy.value_layout, seed=2 * seed + 1),
+        value_rows=values32,
     )
 
 

@@ -189,7 +189,8 @@ class ValueRows(NamedTuple):
     unread : int64 array [T]
         Bits of each row that are not read: `SKIPPED` and `EXACT` rows are not read at all.
     exact : float32 array [T, D]
-        The rows themselves.
+        The rows themselves, before the mean was subtracted.
+    mean : float64 array [D]
     """
 
     words: NDArray[np.uint16]
@@ -198,6 +199,7 @@ class ValueRows(NamedTuple):
     classes: NDArray[np.int64]
     unread: NDArray[np.int64]
     exact: NDArray[np.float32]
+    mean: NDArray[np.float64]
 
 
 @_compiled
@@ -207,7 +209,8 @@ def _read_row(rows: ValueRows, t: int, row: NDArray[np.float64]) -> None:
     if unread == SKIPPED:
         row[:] = 0.0
     elif unread == EXACT:
-        row[:] = rows.exact[t]
+        for i in range(len(row)):
+            row[i] = np.float64(rows.exact[t, i]) - rows.mean[i]
     else:
         unit, step, dither = rows.unit[t], 2.0**unread, rows.table[rows.classes[t]]
         for i in range(len(row)):
@@ -247,7 +250,7 @@ def weighted_rows(
 def weighted_exact_rows(
     weights: NDArray[np.float64], rows: NDArray[np.float32], out: NDArray[np.float64]
 ) -> None:
-    """Sum of w_t v'_t over the tokens, v' exactly: `weighted_rows` of weights [G, T]."""
+    """Sum of w_t v_t over the tokens, v exactly; weights [G, T], rows [T, D], out [G, D]."""
     group, tokens = weights.shape
     for t in range(tokens):
         for g in range(group):
@@ -312,7 +315,7 @@ def threshold_tables(
         Weights that are added there.
     centre : float64 array [G, D]
     rows : float32 array [T, D]
-        v', exactly.
+        v, exactly.
     out_linear, out_square : float64 arrays [bins, G, D]
         Receive the sums.
     """

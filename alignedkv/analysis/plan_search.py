@@ -161,10 +161,10 @@ class KeyErrorTable:
         ]
         bins = np.zeros((scores.keys.stored, scores.tokens), np.int64)
         bins[:-1] = np.searchsorted(THETA_GRID, alignment.key_thresholds)
-        centre = scores.centred_output
+        centre = scores.output
         tables = [np.zeros((len(THETA_GRID) + 1, *centre.shape)) for _ in range(2)]
         hot_loops.threshold_tables(
-            bins, steps[0], steps[1], centre, scores.centred, tables[0], tables[1]
+            bins, steps[0], steps[1], centre, scores.value_rows, tables[0], tables[1]
         )
         # In place, and without the last slot: planes that are read at every theta of the grid.
         linear_sums, square_sums = (np.cumsum(t, axis=0, out=t)[:-1] for t in tables)

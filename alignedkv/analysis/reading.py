@@ -35,7 +35,6 @@ class Reading:
         What a row's weight is multiplied by in the output: 0 or 1, or 1/pi for a drawn row.
     value_error : float64 array [T]
         Largest error of a channel of the value rows; the size of a skipped one.
-    centred_output : float64 array [G, D]
     output : float64 array [G, D]
     """
 
@@ -48,7 +47,6 @@ class Reading:
     probability: NDArray[np.float64]
     row_factor: NDArray[np.float64]
     value_error: NDArray[np.float64]
-    centred_output: NDArray[np.float64]
     output: NDArray[np.float64]
 
     @property
@@ -116,7 +114,6 @@ def read(scores: PositionScores, plan: Plan, *, seed: int = 0) -> Reading:
         probability=probability,
         row_factor=row_factor,
         value_error=scores.value_error(plan.value_planes) + rounding,
-        centred_output=centred_output,
         output=scores.with_mean(centred_output, log_z),
     )
 
@@ -133,5 +130,6 @@ def _rows_read(
         table=values.dither,
         classes=values.classes,
         unread=np.where(scores.is_exact, hot_loops.EXACT, unread),
-        exact=scores.centred,
+        exact=scores.value_rows,
+        mean=scores.encoded.value_mean.astype(np.float64),
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-#: b is tried at these multiples of the minimiser for M = 0, which is too large for M > 0. Any b
-#: gives a bound; the best of the grid is within 0.2 % of the infimum.
-_MULTIPLES = np.geomspace(1.0, 0.01, 128)
+#: Steps of the golden section in log b. Any b gives a bound: more steps only make it smaller.
+_STEPS = 40
+_GOLDEN = (math.sqrt(5) - 1) / 2
+#: e to this power is finite in float64.
+_LARGEST_EXPONENT = 700.0
 
 
 def bennett_bound(
@@ -43,16 +47,32 @@ def bennett_bound(
     if deviations == 0 or not M.any():
         gaussian_bound: NDArray[np.float64] = deviations * np.sqrt(total)
         return gaussian_bound
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        b = (deviations / np.sqrt(total))[..., None] * _MULTIPLES
-        x = b * M[..., None]
-        bound = (
-            b * (G / 2)[..., None]
-            + V[..., None] * b * second_order_factor(x)
-            + deviations**2 / (2 * b)
+    z = deviations
+    safe_total = np.where(total == 0, 1.0, total)
+    safe_largest = np.maximum(M, np.finfo(np.float64).tiny)
+
+    def bound(log_b: NDArray[np.float64]) -> NDArray[np.float64]:
+        b = np.exp(log_b)
+        return b * (G / 2 + V * second_order_factor(b * M)) + z**2 / (2 * b)
+
+    # The minimiser of a convex function: below that for M = 0, not below where psi is quadratic.
+    log_gauss = np.log(z) - np.log(safe_total) / 2
+    log_unit = -np.log(safe_largest)
+    low = np.minimum(log_gauss, log_unit) - 1
+    high = np.minimum(log_gauss, log_unit + math.log(_LARGEST_EXPONENT))
+    left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+    at_left, at_right = bound(left), bound(right)
+    for _ in range(_STEPS):
+        to_left = at_left < at_right
+        low, high = np.where(to_left, low, left), np.where(to_left, right, high)
+        new = np.where(to_left, high - _GOLDEN * (high - low), low + _GOLDEN * (high - low))
+        at_new = bound(new)
+        left, right = np.where(to_left, new, right), np.where(to_left, left, new)
+        at_left, at_right = (
+            np.where(to_left, at_new, at_right),
+            np.where(to_left, at_left, at_new),
         )
-    bound = np.nanmin(np.where(np.isnan(bound), np.inf, bound), axis=-1)
-    return np.where(total == 0, 0.0, bound)
+    return np.where(total == 0, 0.0, np.minimum(at_left, at_right))
 
 
 def second_order_factor(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from alignedkv.analysis import hot_loops
 from alignedkv.analysis.encoding import EncodedCase, StoredRows
 from alignedkv.planes import DITHER_FRACTION_BITS
-from alignedkv.transform import KeyTransform
 
 #: Rounding in the encoder, per unit f and stage of the butterfly: (3.1) of theory.md.
 _STAGE_ROUNDING = 0.002
@@ -78,9 +77,9 @@ class PositionScores:
         return self.encoded.values.span(self.first, self.end)
 
     @cached_property
-    def centred(self) -> NDArray[np.float32]:
-        """v' of the visible tokens [T, D]."""
-        return self.encoded.centred[self.first : self.end]
+    def value_rows(self) -> NDArray[np.float32]:
+        """Exact values of the visible tokens [T, D]."""
+        return self.encoded.value_rows[self.first : self.end]
 
     @property
     def sinks(self) -> NDArray[np.float64]:
@@ -99,16 +98,11 @@ class PositionScores:
         return np.exp(self.exact - self.log_z[:, None])
 
     @cached_property
-    def centred_output(self) -> NDArray[np.float64]:
-        """Exact sum of p v' [G, D]."""
-        total = np.zeros((len(self.exact), self.encoded.case.head_dim))
-        hot_loops.weighted_exact_rows(self.probability, self.centred, total)
-        return total
-
-    @cached_property
     def output(self) -> NDArray[np.float64]:
-        """Exact attention output o [G, D]."""
-        return self.with_mean(self.centred_output, self.log_z)
+        """Exact attention output o [G, D]; a sink has the value 0."""
+        total = np.zeros((len(self.exact), self.encoded.case.head_dim))
+        hot_loops.weighted_exact_rows(self.probability, self.value_rows, total)
+        return total
 
     @cached_property
     def size(self) -> NDArray[np.float64]:
@@ -181,7 +175,7 @@ def score_position(encoded: EncodedCase, index: int) -> PositionScores:
     first, end = case.visible(index)
     query = case.query[:, index].astype(np.float64)
     transform = encoded.transform
-    rotated = exact_queries(transform, query)
+    rotated = transform.exact_queries(query)
     stored = encoded.keys.span(first, end)
 
     exact = query @ case.key[first:end].T.astype(np.float64)
@@ -210,17 +204,6 @@ def score_position(encoded: EncodedCase, index: int) -> PositionScores:
         two_norm=abs(case.scaling) * np.linalg.norm(rotated, axis=1),
         is_exact=is_exact,
     )
-
-
-def exact_queries(transform: KeyTransform, query: NDArray[np.float64]) -> NDArray[np.float64]:
-    """q' of float64 queries [..., D] in float64: what `KeyTransform.queries` rounds to float32."""
-    padded = np.zeros((*query.shape[:-1], len(transform.signs)))
-    padded[..., : query.shape[-1]] = query * transform.balance
-    blocks = (padded * transform.signs).reshape(*query.shape[:-1], -1, transform.block)
-    matrix = np.ones((1, 1))
-    while len(matrix) < transform.block:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return (blocks @ matrix).reshape(padded.shape)
 
 
 def largest_of_rows(outputs: NDArray[np.float64]) -> NDArray[np.float64]:

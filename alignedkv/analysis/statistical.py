@@ -118,8 +118,8 @@ def statistical_bound(
     spread_hint = np.maximum(plan.hint.spread, np.finfo(np.float64).tiny)
     prior = _PRIOR_SHARE * expected**2 if settled else None
     prior_of_one = None if prior is None else prior / spread_hint**2
-    linear = _deviations_times(total.variance(), z, prior)
-    linear_of_one = _deviations_times(ones.variance(), z, prior_of_one)
+    linear = deviations_times(total.variance(), z, prior)
+    linear_of_one = deviations_times(ones.variance(), z, prior_of_one)
 
     left = 1 - 0.5 * (weight * reading.score_deviation**2).sum(axis=1) - linear_of_one
     denominator = left - ones.second_order(z)
@@ -227,10 +227,10 @@ def _value_part(reading: Reading, deviations: float) -> NDArray[np.float64]:
     return bound + p @ np.where(skipped, error, bias)
 
 
-def _deviations_times(
+def deviations_times(
     variance: NDArray[np.float64], z: float, prior: NDArray[np.float64] | None
 ) -> NDArray[np.float64]:
-    """z sqrt(V), or z_V sqrt(V) of (5.3) with y = prior [G]."""
+    """z sqrt(V), or for a settled plan z_V sqrt(V), (5.3), with y = prior [G]."""
     if prior is None:
         return z * np.sqrt(variance)
     y = np.maximum(prior, np.finfo(np.float64).tiny)

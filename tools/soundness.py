@@ -1,0 +1,403 @@
+#!/usr/bin/env python
+"""Try to break the bounds: count the errors that are larger than what was claimed.
+
+    python tools/soundness.py --seed 0 --cases 1000000 --out soundness.json
+
+- deterministic: random and adversarial data, plans of every kind; every case counts, none may fail.
+- statistical: dither tables are drawn again and again at small z, where failures can be seen; the
+  rate may not exceed the claim.  Beside the whole bound its linear part alone, which is nearly
+  sharp.
+- estimate: the constructed counterexample of theory.md 5.5, which it fails, and the settled rule on
+  the same data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from alignedkv.analysis.activations import AttentionCase
+from alignedkv.analysis.alignment import align
+from alignedkv.analysis.certificate import certify
+from alignedkv.analysis.encoding import encode_case
+from alignedkv.analysis.plan import DecisionGroups, Decisions, Hint, Plan, Shares, fixed_plan
+from alignedkv.analysis.reading import read
+from alignedkv.analysis.scores import PositionScores, score_position
+from alignedkv.analysis.statistical import deviations_times
+from alignedkv.policy import BoundKind, PrecisionPolicy
+
+Rng = np.random.Generator
+#: Query heads of one random case: each is a case of its own for the count.
+HEADS = 512
+LAYOUTS = ("4|4|4|4", "4|4|8", "4|2|2|8", "3|2|3|4|4", "8|8")
+TRANSFORMS = ("mean+balance+hadamard", "mean+hadamard", "mean", "none")
+
+
+def random_rows(rng: Rng, T: int, D: int) -> NDArray[np.float64]:
+    """Rows of ordinary size."""
+    return rng.standard_normal((T, D)) * np.exp(rng.standard_normal(D))
+
+
+def identical_rows(rng: Rng, T: int, D: int) -> NDArray[np.float64]:
+    """One row again and again: all errors of a dither class agree."""
+    return np.repeat(rng.standard_normal((1, D)), T, axis=0)
+
+
+def alternating_rows(rng: Rng, T: int, D: int) -> NDArray[np.float64]:
+    """Two rows in turn."""
+    return rng.standard_normal((2, D))[np.arange(T) % 2]
+
+
+def constant_channels(rng: Rng, T: int, D: int) -> NDArray[np.float64]:
+    """Most channels are constant, some of them large."""
+    rows = np.repeat(8 * rng.standard_normal((1, D)), T, axis=0)
+    rows[:, ::4] = rng.standard_normal((T, len(rows[0, ::4])))
+    return rows
+
+
+def one_huge_element(rng: Rng, T: int, D: int) -> NDArray[np.float64]:
+    """A number that leaves the others of its row no digits."""
+    rows = rng.standard_normal((T, D))
+    rows[rng.integers(T), rng.integers(D)] = 10.0 ** rng.uniform(2, 4.5)
+    return rows
+
+
+def one_huge_row(rng: Rng, T: int, D: int) -> NDArray[np.float64]:
+    """A row far larger than the rest."""
+    rows = rng.standard_normal((T, D))
+    rows[rng.integers(T)] *= 10.0 ** rng.uniform(1, 4)
+    return rows
+
+
+def subnormal_rows(rng: Rng, T: int, D: int) -> NDArray[np.float64]:
+    """Multiples of fp16's smallest number."""
+    return rng.integers(-3, 4, (T, D)) * 2.0**-24
+
+
+def zero_rows(rng: Rng, T: int, D: int) -> NDArray[np.float64]:
+    """Half of the rows are zero."""
+    rows = rng.standard_normal((T, D))
+    rows[rng.random(T) < 0.5] = 0
+    return rows
+
+
+def digit_edges(rng: Rng, T: int, D: int) -> NDArray[np.float64]:
+    """Numbers on the edges of the first plane's cells."""
+    return rng.integers(-15, 16, (T, D)) / 15.0
+
+
+FAMILIES: tuple[Callable[[Rng, int, int], NDArray[np.float64]], ...] = (
+    random_rows,
+    identical_rows,
+    alternating_rows,
+    constant_channels,
+    one_huge_element,
+    one_huge_row,
+    subnormal_rows,
+    zero_rows,
+    digit_edges,
+)
+
+
+def random_case(rng: Rng, heads: int = HEADS) -> AttentionCase:
+    """Keys and values of two families, queries from flat softmax to one token."""
+    T = int(rng.choice([1, 2, 3, 7, 16, 33, 64]))
+    D = int(rng.choice([2, 4, 8, 16, 64, 80]))
+    key, value = (
+        FAMILIES[rng.integers(len(FAMILIES))](rng, T, D).astype(np.float16) for _ in range(2)
+    )
+    size = 10.0 ** rng.uniform(-2, 1.5, (heads, 1, 1))
+    kinds = [rng.standard_normal((heads, 1, D)), rng.choice([-1.0, 1.0], (heads, 1, D))]
+    query = kinds[rng.integers(2)] * size
+    return AttentionCase(
+        name="random",
+        layer=0,
+        kv_head=0,
+        query=query.astype(np.float16),
+        key=key,
+        value=value,
+        positions=np.array([T - 1]),
+        dtype="float16",
+        scaling=D**-0.5,
+        window=int(rng.integers(1, T + 1)) if rng.random() < 0.2 else None,
+        softcap=float(rng.uniform(1, 50)) if rng.random() < 0.2 else None,
+        sinks=rng.standard_normal(heads) if rng.random() < 0.2 else None,
+    )
+
+
+def worst_queries(scores: PositionScores, rng: Rng) -> NDArray[np.float16]:
+    """Queries whose signs are those of one row's digit errors: they reach the score's bound.
+
+    Only for scores of keys without transform, where errors and queries have the same channels.
+    """
+    stored = scores.encoded.keys
+    planes = int(rng.integers(1, stored.stored + 1))
+    wrong = stored.planes().prefix(planes)[:, : scores.encoded.case.head_dim]
+    wrong = wrong - scores.encoded.case.key.astype(np.float64)
+    group = scores.encoded.case.group
+    rows = rng.integers(len(wrong), size=group)
+    step = stored.half_step(planes)[rows]
+    aim = 10.0 ** rng.uniform(-2, 0.5, group)
+    size = aim / (step * wrong.shape[1] * abs(scores.encoded.case.scaling))
+    size = np.minimum(size, 6e4)[:, None] * rng.choice([-1.0, 1.0], (group, 1))
+    return (size * np.where(wrong[rows] < 0, -1.0, 1.0)).astype(np.float16)
+
+
+def deterministic_failures(seed: int, cases: int) -> dict[str, Any]:
+    """Count (head, position) cases whose error exceeds the deterministic bound, in both forms."""
+    rng = np.random.default_rng(seed)
+    done, failed = 0, {"channel": 0, "scalar": 0}
+    closest = {"channel": 0.0, "scalar": 0.0}
+    while done < cases:
+        case = random_case(rng)
+        layout = str(rng.choice(LAYOUTS))
+        policy = PrecisionPolicy(
+            bound=BoundKind.DETERMINISTIC,
+            key_layout=layout,
+            value_layout=layout,
+            stored_planes=int(rng.integers(1, len(layout.split("|")) + 1)),
+            dither_rows=int(rng.choice([1, 2, 16, 64])),
+            exact_first=int(rng.random() < 0.2),
+        )
+        transform = str(rng.choice(TRANSFORMS))
+        table_seed = int(rng.integers(2**31))
+        scores = score_position(encode_case(case, policy, transform=transform, seed=table_seed), 0)
+        if transform == "none" and rng.random() < 0.8:
+            query = worst_queries(scores, rng)[:, None]
+            encoded = encode_case(
+                replace(case, query=query), policy, transform=transform, seed=table_seed
+            )
+            scores = score_position(encoded, 0)
+        theta = np.maximum(scores.size, 1e-30) * 10.0 ** rng.uniform(-5, 1, len(scores.size))
+        decisions = rng.choice([Decisions.FIRST_PLANE, Decisions.EVERY_PLANE])
+        hint = Hint(
+            log_z=scores.log_z + rng.normal(0, 2, len(theta)),
+            spread=scores.spread * 10.0 ** rng.uniform(-1, 1),
+        )
+        plan = align(
+            scores,
+            policy,
+            theta=theta,
+            decisions=Decisions(decisions),
+            groups=DecisionGroups.of(int(rng.choice([1, 4]))),
+            hint=hint,
+        ).plan()
+        for form in ("channel", "scalar"):
+            certificate = certify(scores, plan, policy, form=form)
+            failed[form] += int((~certificate.holds).sum())
+            useful = certificate.error > 1e3 * certificate.resolution
+            if useful.any():
+                ratio = certificate.error[useful] / certificate.bound[useful]
+                closest[form] = max(closest[form], float(ratio.max()))
+        done += case.group
+    return {"cases": done, "failures": failed, "largest_error_over_bound": closest}
+
+
+def statistical_failures(seed: int, draws: int) -> list[dict[str, Any]]:
+    """Share of dither tables for which the bound fails, per z, beside the claim."""
+    rows = []
+    for family in (random_rows, identical_rows, alternating_rows, constant_channels):
+        for decisions in (Decisions.FIXED, Decisions.SETTLED):
+            rows += _statistical_rows(family, decisions, seed, draws)
+    return rows
+
+
+def _statistical_rows(
+    family: Callable[[Rng, int, int], NDArray[np.float64]],
+    decisions: Decisions,
+    seed: int,
+    draws: int,
+) -> Iterator[dict[str, Any]]:
+    rng = np.random.default_rng(seed)
+    T, D = 16, 2
+    case = AttentionCase(
+        name=family.__name__,
+        layer=0,
+        kv_head=0,
+        query=(3 * rng.standard_normal((1, 1, D))).astype(np.float16),
+        key=family(rng, T, D).astype(np.float16),
+        value=rng.standard_normal((T, D)).astype(np.float16),
+        positions=np.array([T - 1]),
+        dtype="float16",
+        scaling=1.0,
+    )
+    policy = PrecisionPolicy(bound=BoundKind.STATISTICAL, dither_rows=16, tolerance=2.0**-4)
+    events = 6 * D + 2 * len(policy.key_layout) * T + 1
+    levels = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+    whole, linear = dict.fromkeys(levels, 0), dict.fromkeys(levels, 0)
+    for draw in range(draws):
+        # Mean and balance come from the data, signs from the seed of the table: no Hadamard part,
+        # so that the transform is the same for every table.
+        encoded = encode_case(case, policy, transform="mean+balance", seed=draw)
+        scores = score_position(encoded, 0)
+        for z in levels:
+            if decisions is Decisions.FIXED:
+                plan = fixed_plan(scores, key_planes=1, value_planes=1)
+            else:
+                theta = policy.tolerance * scores.size / 8
+                settled = PrecisionPolicy(
+                    bound=BoundKind.STATISTICAL,
+                    dither_rows=16,
+                    tolerance=2.0**-4,
+                    failure=min(events * math.exp(-z * z / 2), 1 - 1e-9),
+                )
+                plan = align(scores, settled, theta=theta).plan()
+            certificate = certify(scores, plan, policy, deviations=z)
+            whole[z] += int((~certificate.holds).any())
+            linear[z] += _linear_part_fails(scores, plan, z)
+    for z in levels:
+        yield {
+            "family": family.__name__,
+            "plan": str(decisions),
+            "z": z,
+            "failure_rate": whole[z] / draws,
+            "claimed": min(1.0, events * math.exp(-z * z / 2)),
+            "linear_part_rate": linear[z] / draws,
+            "linear_part_claimed": min(1.0, 2 * math.exp(-z * z / 2)),
+        }
+
+
+def _linear_part_fails(scores: PositionScores, plan: Plan, z: float) -> int:
+    """Whether the first channel's sum of p (score error) (v - o) exceeds its share of the bound."""
+    reading = read(scores, plan)
+    distance = scores.value_rows[:, 0] - scores.output[:, :1]
+    share = np.abs(scores.probability * distance)
+    classes = scores.keys.classes
+
+    def variance(deviation: NDArray[np.float64]) -> NDArray[np.float64]:
+        sums = np.bincount(classes, (share * deviation)[0])
+        return np.square(sums).sum(keepdims=True)
+
+    # What one expects of a settled plan, from nothing that the dither has touched.
+    prior = variance(scores.score_deviation(1)) / 100
+    settled = plan.decisions is Decisions.SETTLED
+    bound = deviations_times(variance(reading.score_deviation), z, prior if settled else None)
+    error = scores.probability * distance * (reading.score - scores.exact)
+    return int(abs(error.sum()) > bound[0] + (share * scores.base_error).sum())
+
+
+def counterexample_case(rng: Rng, tokens: int) -> AttentionCase:
+    """theory.md 5.5: half of the rows lie on a threshold, v > 0, half far below it, v < 0.
+
+    A row on the threshold stays at one plane exactly when its score came out low: the errors of all
+    of them add up, while the estimate takes them for independent.  sigma(1) is small, so that the
+    mean of the second-order term does not hide it.
+    """
+    D, largest, sigma = 64, 3.0, 0.06
+    high = np.arange(tokens) % 2 == 0
+    scaling = sigma * 2 * math.sqrt(3) / (largest / 7.5)
+    gap = 6 * sigma
+    key = rng.uniform(-largest, largest, (tokens, D))
+    key[:, 0] = np.where(high, 0.0, -gap / scaling)  # the query is the first unit vector
+    key[:, 1] = largest  # so that all rows have one scale
+    value = np.where(high, 1.0, -math.exp(gap))  # both halves weigh the same
+    query = np.zeros((1, 1, D))
+    query[0, 0, 0] = 1.0
+    return AttentionCase(
+        name="counterexample",
+        layer=0,
+        kv_head=0,
+        query=query.astype(np.float32),
+        key=key.astype(np.float32),
+        value=np.repeat(value[:, None], D, axis=1).astype(np.float32),
+        positions=np.array([tokens - 1]),
+        dtype="float32",
+        scaling=scaling,
+    )
+
+
+def counterexample(seed: int, tokens: int, draws: int) -> list[dict[str, Any]]:
+    """Errors of the constructed case over its estimate, for three ways to choose planes."""
+    case = counterexample_case(np.random.default_rng(seed), tokens)
+    policy = PrecisionPolicy(dither_rows=tokens, plan_margin=0.0)
+    rows = []
+    for decisions in (Decisions.FIRST_PLANE, Decisions.FIXED, Decisions.SETTLED):
+        ratios = []
+        for draw in range(draws):
+            scores = score_position(encode_case(case, policy, transform="none", seed=draw), 0)
+            certificate = certify(scores, _plan_at_threshold(scores, policy, decisions), policy)
+            ratios.append(float(certificate.error[0] / certificate.bound[0]))
+        rows.append(
+            {
+                "tokens": tokens,
+                "plan": str(decisions),
+                "mean_error_over_estimate": float(np.mean(ratios)),
+                "largest_error_over_estimate": float(np.max(ratios)),
+                "failure_rate": float(np.mean(np.array(ratios) > 1)),
+                "claimed": policy.failure,
+            }
+        )
+    return rows
+
+
+def _plan_at_threshold(
+    scores: PositionScores, policy: PrecisionPolicy, decisions: Decisions
+) -> Plan:
+    if decisions is Decisions.FIXED:
+        return fixed_plan(scores, key_planes=1, value_planes=scores.values.stored)
+    # theta is the addend of a row in the upper half when its score is exact.
+    sigma = [float(scores.score_deviation(n)[0, 0]) for n in (1, 2)]
+    size = float(scores.values.magnitude[0] + scores.spread[0])
+    theta = float(scores.probability[0, 0]) * sigma[0] * size
+    if decisions is Decisions.SETTLED:
+        z = policy.deviations(scores.encoded.case.head_dim, scores.tokens)
+        theta *= math.exp(z * sigma[1])
+    hint = Hint(log_z=scores.log_z, spread=scores.spread)
+    alignment = align(scores, policy, theta=np.array([theta]), decisions=decisions, hint=hint)
+    return alignment.plan(shares=Shares(value=2.0**-20, row=2.0**-40))
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--cases", type=int, default=1_000_000, help="(head, position) cases, deterministic"
+    )
+    parser.add_argument("--draws", type=int, default=2000, help="dither tables, statistical")
+    parser.add_argument("--out", type=Path, help="JSON file; default: standard output")
+    options = parser.parse_args(argv)
+    if options.cases < 1 or options.draws < 1:
+        parser.error("give --cases and --draws of at least 1")
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 if every claim held, 1 if one that is proved did not."""
+    options = parse(argv)
+    started = time.perf_counter()
+    report = {
+        "seed": options.seed,
+        "deterministic": deterministic_failures(options.seed, options.cases),
+        "statistical": statistical_failures(options.seed, options.draws),
+        "estimate_counterexample": [
+            row
+            for tokens in (512, 2048, 8192)
+            for row in counterexample(options.seed, tokens, draws=20)
+        ],
+    }
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    text = json.dumps(report, indent=1)
+    if options.out is None:
+        print(text)
+    else:
+        options.out.write_text(text + "\n")
+    broken = sum(report["deterministic"]["failures"].values()) + sum(
+        row["failure_rate"] > row["claimed"] or row["linear_part_rate"] > row["linear_part_claimed"]
+        for row in report["statistical"]
+    )
+    return int(broken > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
