@@ -68,6 +68,11 @@ class CaseReference:
     scaling: float
     positions: tuple[int, ...] | None = None
 
+    def query_positions(self) -> NDArray[np.int64]:
+        """Token numbers of the queries that `load` gives, ascending as the file stores them."""
+        stored = _stored_positions(self.file, self.prefix)
+        return stored if self.positions is None else stored[np.isin(stored, self.positions)]
+
     def load(self) -> AttentionCase:
         """Read the case's own rows, and check them.
 
@@ -91,8 +96,8 @@ class CaseReference:
             key = np.concatenate([key, file.read(self.prefix + "k_dec", head)[0]])
             value = np.concatenate([value, file.read(self.prefix + "v_dec", head)[0]])
         if self.positions is not None:
-            wanted = np.isin(positions, self.positions)
-            positions, query = positions[wanted], query[:, wanted]
+            query = query[:, np.isin(positions, self.positions)]
+            positions = self.query_positions()
         sinks = None
         if self.prefix + "sinks" in file.tensors:
             sinks = file.read(self.prefix + "sinks", heads).astype(np.float64)

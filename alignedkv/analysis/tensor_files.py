@@ -1,12 +1,14 @@
 """Files of named tensors, read slice by slice: safetensors, npz and pt behind one interface.
 
 A file of any kind is opened again for every slice, so that a `TensorFile` can travel to a worker
-process and a file larger than memory is never loaded whole.
+process and a file larger than memory is never loaded whole: safetensors and pt files are mapped, of
+an npz file one tensor is read at a time.
 """
 
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,10 @@ _SAFETENSORS_DTYPES = {
     "BF16": "bfloat16",
     "F32": "float32",
     "F64": "float64",
+}
+_NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
 }
 #: Key of a `.pt` dictionary that holds the metadata, itself a dictionary.
 _METADATA_KEY = "metadata"
@@ -67,7 +73,14 @@ class TensorFile:
         }[self.path.suffix]
         try:
             return reader(self.path, name, rows)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (
+            OSError,
+            ValueError,
+            RuntimeError,
+            EOFError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise _unreadable(self.path, error) from None
 
 
@@ -119,7 +132,10 @@ def _read_safetensors(path: Path, name: str, rows: slice) -> NDArray[Any]:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            array: NDArray[Any] = file.get_slice(name)[rows]
+            part = file.get_slice(name)
+            if part.get_dtype() == "BF16":
+                import ml_dtypes  # noqa: F401  makes bfloat16 known to NumPy
+            array: NDArray[Any] = part[rows]
     except SafetensorError as error:
         raise _unreadable(path, error) from None
     return _plain(array)
@@ -133,14 +149,20 @@ def _plain(array: NDArray[Any]) -> NDArray[Any]:
 def _open_npz(path: Path) -> TensorFile:
     tensors, metadata = {}, {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            for name in archive.files:
-                array = archive[name]
-                if array.ndim == 0 or array.dtype.kind in "US":
-                    metadata[name] = str(array)
-                else:
-                    tensors[name] = TensorHeader(array.shape, array.dtype.name)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as file:
+                    version = np.lib.format.read_magic(file)
+                    header = _NPY_HEADERS.get(version)
+                    if header is None:
+                        raise ValueError(f"{member} has version {version}")
+                    shape, _, dtype = header(file)
+                name = member.removesuffix(".npy")
+                if shape and dtype.kind not in "US":
+                    tensors[name] = TensorHeader(shape, dtype.name)
+        with np.load(path, allow_pickle=False) as arrays:
+            metadata = {name: str(arrays[name]) for name in arrays.files if name not in tensors}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise _unreadable(path, error) from None
     return TensorFile(path=path, tensors=tensors, metadata=metadata)
 
