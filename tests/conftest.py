@@ -32,13 +32,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skips = {
         mark: f"runs only with --{mark}" for mark in OPT_IN_MARKS if not config.getoption(mark)
     }
-    if any("gpu" in item.keywords for item in items):
+    if any(item.get_closest_marker("gpu") for item in items):
         obstacle = why_no_gpu()
         if obstacle is not None:
             skips["gpu"] = obstacle
     for item in items:
         for mark, reason in skips.items():
-            if mark in item.keywords:
+            if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -1,0 +1,322 @@
+#!/usr/bin/env python
+"""Time alignedkv against its peers, on the same numbers, in the same run.
+
+    python tools/bench.py decode --json benchmarks/results/decode-h100.json
+    python tools/bench.py plot benchmarks/results/decode-h100.json
+    python tools/bench.py analysis
+
+``decode`` needs a GPU; peers that are not installed are skipped, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchlib.data import KINDS
+from benchlib.peers import LEADERS, PeerResult, fastest, measure_peer, named_peers
+from benchlib.problem import DecodeInputs, DecodeShape, reference_output
+
+BF16_ATTENTION = "sdpa-flash-bf16"
+#: (tokens, batch) of the table in the README.
+SIZES = ((8192, 1), (32768, 1), (131072, 1), (32768, 8))
+CAPTURED = "captured"
+
+
+class BenchError(Exception):
+    """What cannot be timed here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One row of the table, before it is measured."""
+
+    shape: DecodeShape
+    data: str
+    tolerance: float
+
+
+def cases(options: argparse.Namespace) -> Iterator[tuple[DecodeShape, str, list[float]]]:
+    """Shapes and data, each with all tolerances: inputs and peers serve them together."""
+    for tokens, batch in options.sizes:
+        shape = DecodeShape(
+            tokens=tokens,
+            batch=batch,
+            heads=options.kv_heads * options.group,
+            kv_heads=options.kv_heads,
+            head_dim=options.head_dim,
+        )
+        for data in options.data:
+            yield shape, data, options.tolerances
+
+
+def row(
+    case: Case, ours: Any, peers: Sequence[PeerResult], bandwidth: float, card: str
+) -> dict[str, Any]:
+    """The facts of one case as JSON values; times in microseconds, errors relative."""
+    best16, best8 = fastest(peers, 16), fastest(peers, 8)
+    by_name = {peer.name: peer for peer in peers if peer.error is not None}
+    bf16 = by_name.get(BF16_ATTENTION)
+    return {
+        "T": case.shape.tokens,
+        "batch": case.shape.batch,
+        "head_dim": case.shape.head_dim,
+        "group": case.shape.group,
+        "kv_heads": case.shape.kv_heads,
+        "tolerance": case.tolerance,
+        "data": case.data,
+        "ours_us": ours.attend.median_us,
+        "ours_p10_us": ours.attend.p10_us,
+        "ours_p90_us": ours.attend.p90_us,
+        "ours_step_us": ours.step.median_us,
+        "best16_us": best16.timing.median_us if best16 and best16.timing else None,
+        "best16_name": best16.name if best16 else None,
+        "best8_us": best8.timing.median_us if best8 and best8.timing else None,
+        "best8_name": best8.name if best8 else None,
+        "read_fraction": ours.read_fraction,
+        "useful_gb_s": ours.read_fraction * case.shape.kv_bytes(16) / ours.attend.median_us / 1e3,
+        "ceiling_us": ours.read_fraction * case.shape.kv_bytes(16) / bandwidth * 1e6,
+        "bound_max": ours.bound_max,
+        "bound_median": ours.bound_median,
+        "misses": ours.misses,
+        "error_max": ours.error.max,
+        "error_rms": ours.error.rms,
+        "error_bf16": bf16.error.max if bf16 and bf16.error else None,
+        "error_bf16_rms": bf16.error.rms if bf16 and bf16.error else None,
+        "error_best8": best8.error.max if best8 and best8.error else None,
+        "peers_us": {p.name: p.timing.median_us for p in peers if p.timing is not None},
+        "card": card,
+    }
+
+
+def print_row(facts: dict[str, Any]) -> None:
+    """One line of the table as soon as it is known."""
+
+    def ratio(peer: str) -> str:
+        return f"{facts[peer] / facts['ours_us']:5.2f}x" if facts[peer] else "     -"
+
+    print(
+        f"{facts['T']:7d} x {facts['batch']:<2d} {facts['data']:8} {facts['tolerance']:8.5f}"
+        f" {facts['ours_us']:7.1f} ({facts['ours_step_us']:6.1f})"
+        f" {ratio('best16_us')} {ratio('best8_us')}"
+        f" {100 * facts['read_fraction']:5.1f} % {facts['useful_gb_s']:6.0f}"
+        f"  {facts['bound_max']:.5f} {facts['error_max']:.5f}"
+        f" {facts['error_bf16'] or float('nan'):.5f} {facts['misses']:3d}",
+        flush=True,
+    )
+
+
+def decode(options: argparse.Namespace) -> int:
+    """Time the decode step at every size, data kind and tolerance."""
+    try:
+        import torch
+    except ImportError:
+        raise BenchError("decode needs torch and a GPU; torch is not installed") from None
+    if not torch.cuda.is_available():
+        raise BenchError(
+            "decode needs a GPU, and torch finds none; see `plot` for recorded results"
+        )
+    from alignedkv.kernels.config import DecodeConfig
+    from alignedkv.policy import PrecisionPolicy
+    from benchlib.ours import OurStep
+    from benchlib.timing import read_bandwidth
+
+    chosen = dict(setting.split("=", 1) for setting in options.set)
+    config = DecodeConfig.from_settings(chosen) if chosen else None
+    card = torch.cuda.get_device_name()
+    bandwidth = read_bandwidth()
+    print(f"{card}, torch {torch.__version__}, reads {bandwidth / 1e9:.0f} GB/s")
+    print(
+        "      T x B  data     tolerance     us (+append)  x16    x8   read     GB/s"
+        "  bound   error   bf16    misses",
+        flush=True,
+    )
+    content: dict[str, Any] = {
+        "card": card,
+        "read_bandwidth": bandwidth,
+        "command": " ".join(["python", *sys.argv]),
+        "versions": _versions(),
+        "bound": options.bound,
+        "failure": options.failure,
+        "config": chosen,
+        "rows": [],
+        "failures": [],
+        "skipped": {},
+    }
+    for shape, data, tolerances in cases(options):
+        try:
+            inputs = _inputs(shape, data, options.seed)
+            reference = reference_output(inputs)
+        except (ValueError, RuntimeError) as error:
+            _report_failure(content, shape, data, error)
+            continue
+        peers = _measure_peers(options, inputs, reference, content)
+        for tolerance in tolerances:
+            policy = PrecisionPolicy(
+                tolerance=tolerance,
+                failure=options.failure,
+                bound=options.bound,
+                key_layout=options.layout,
+                value_layout=options.layout,
+                sample_values=options.sample_values,
+            )
+            try:
+                ours = OurStep(inputs, policy, config=config)
+                facts = row(
+                    Case(shape=shape, data=data, tolerance=tolerance),
+                    ours.measure(reference, replays=options.replays),
+                    peers,
+                    bandwidth,
+                    card,
+                )
+            except Exception as error:  # noqa: BLE001 - one broken case must not cost the others
+                _report_failure(content, shape, data, error)
+                continue
+            finally:
+                ours = None
+                gc.collect()
+                torch.cuda.empty_cache()
+            print_row(facts)
+            content["rows"].append(facts)
+            _write(options.json, content)
+        del inputs, reference
+    for name, reason in content["skipped"].items():
+        print(f"skipped: {name}: {reason}")
+    _write(options.json, content)
+    return 1 if content["failures"] else 0
+
+
+def _inputs(shape: DecodeShape, data: str, seed: int) -> DecodeInputs:
+    from benchlib.data import captured_inputs, synthetic_inputs
+
+    if data == CAPTURED:
+        import alignedkv.analysis
+
+        sample = Path(alignedkv.analysis.__file__).parent / "sample"
+        return captured_inputs(shape, next(sample.glob("*.safetensors")))
+    return synthetic_inputs(shape, data, seed=seed)
+
+
+def _measure_peers(
+    options: argparse.Namespace, inputs: DecodeInputs, reference: Any, content: dict[str, Any]
+) -> list[PeerResult]:
+    names = LEADERS if options.peers == ["leaders"] else options.peers
+    results = [
+        measure_peer(peer, inputs, reference, replays=options.replays)
+        for peer in named_peers([name for name in names if name != "none"])
+    ]
+    content["skipped"] |= {r.name: r.reason for r in results if r.reason is not None}
+    return results
+
+
+def _report_failure(
+    content: dict[str, Any], shape: DecodeShape, data: str, error: Exception
+) -> None:
+    line = f"{shape}, {data}: {type(error).__name__}: {error}"
+    print(f"FAILED {line}", flush=True)
+    content["failures"].append(line)
+
+
+def _write(path: Path | None, content: dict[str, Any]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _versions() -> dict[str, str]:
+    import cupy
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cupy": cupy.__version__,
+        "driver": str(cupy.cuda.runtime.driverGetVersion()),
+    }
+
+
+def plot(options: argparse.Namespace) -> int:
+    """Draw time against T for all peers, with the byte ceiling."""
+    from benchlib.plot import draw_decode
+
+    try:
+        content = json.loads(options.file.read_text())
+    except (OSError, ValueError) as error:
+        raise BenchError(f"{options.file} is no result of `decode --json`: {error}") from None
+    out = options.out or options.file.with_suffix(".svg")
+    draw_decode(content, out)
+    print(out)
+    return 0
+
+
+def analysis(options: argparse.Namespace) -> int:
+    """Time the analysis of one KV head."""
+    import bench_analysis
+
+    return int(bench_analysis.main(options.rest))
+
+
+def _size(text: str) -> tuple[int, int]:
+    tokens, _, batch = text.partition("x")
+    return int(tokens), int(batch or 1)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    timed = commands.add_parser("decode", help="our decode step beside its peers, on a GPU")
+    timed.set_defaults(run=decode)
+    timed.add_argument("--sizes", type=_size, nargs="+", default=SIZES, metavar="TxB")
+    timed.add_argument("--data", nargs="+", default=["mixed"], choices=(*KINDS, CAPTURED))
+    timed.add_argument("--tolerances", type=float, nargs="+", default=[2.0**-7, 2.0**-5])
+    timed.add_argument("--head-dim", type=int, default=128)
+    timed.add_argument("--group", type=int, default=4, help="query heads per KV head")
+    timed.add_argument("--kv-heads", type=int, default=8)
+    timed.add_argument("--bound", default="estimate")
+    timed.add_argument("--failure", type=float, default=1e-9)
+    timed.add_argument("--layout", default="4|4|4|4")
+    timed.add_argument("--sample-values", action="store_true")
+    timed.add_argument("--set", nargs="*", default=[], metavar="TUNABLE=VALUE")
+    timed.add_argument("--peers", nargs="+", default=["leaders"], help="names, 'leaders' or 'none'")
+    timed.add_argument("--replays", type=int, default=25)
+    timed.add_argument("--seed", type=int, default=0)
+    timed.add_argument("--json", type=Path, help="where to keep every number")
+    drawn = commands.add_parser("plot", help="time against T, from a result of decode")
+    drawn.set_defaults(run=plot)
+    drawn.add_argument("file", type=Path)
+    drawn.add_argument("--out", type=Path, help="picture (default: beside the file, .svg)")
+    analysed = commands.add_parser("analysis", help="speed of the analysis", add_help=False)
+    analysed.set_defaults(run=analysis)
+    options, rest = parser.parse_known_args(argv)
+    if rest and options.run is not analysis:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.rest = rest
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, 1 if a case failed, 2 with one line where nothing can be done."""
+    options = parse(argv)
+    try:
+        code: int = options.run(options)
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
