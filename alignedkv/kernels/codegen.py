@@ -8,6 +8,7 @@ that the compiler needs no include path.  ``#line`` keeps its messages pointing 
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -31,7 +32,11 @@ CUDA_DIR = Path(__file__).parent / "cuda"
 #: C++ names of dtypes, as enumerators of ``Float``.
 FLOAT_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
+#: What a decode step runs.
+STEP_FILES = ("prepare.cu", "decode.cu")
+
 _INCLUDE = re.compile(r'#include "([\w.]+)"')
+_COMMENT = re.compile(r"\s*//.*")
 
 _ENUMS = f"""\
 enum class Float {{ {", ".join(FLOAT_NAMES[dtype] for dtype in DTYPES)} }};
@@ -90,6 +95,22 @@ def prologue(spec: DecodeSpec, config: DecodeConfig) -> str:
         _constant("shared_bytes", shared_bytes(spec, config)),
     ]
     return "\n".join(lines)
+
+
+@functools.cache
+def source_digest() -> str:
+    """sha256 of the sources of a decode step, whatever the spec, as hexadecimal digits.
+
+    `STEP_FILES` and their headers without comments and blank lines, which change no kernel: times
+    measured with one digest hold for all kernels that have it.
+    """
+    digest = hashlib.sha256()
+    for file in STEP_FILES:
+        for line in _inlined(file, set()).splitlines():
+            code = _COMMENT.sub("", line).rstrip()
+            if code and not code.startswith("#line "):
+                digest.update(code.encode() + b"\n")
+    return digest.hexdigest()
 
 
 def constant_name(name: str) -> str:

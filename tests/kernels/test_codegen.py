@@ -1,13 +1,22 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
 from alignedkv.errors import CodegenError
 from alignedkv.kernels import codegen
-from alignedkv.kernels.codegen import CUDA_DIR, constant_name, generate, prologue
+from alignedkv.kernels.codegen import (
+    CUDA_DIR,
+    STEP_FILES,
+    constant_name,
+    generate,
+    prologue,
+    source_digest,
+)
 from alignedkv.kernels.config import CHOICES, DecodeConfig
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.planes import PlaneLayout
@@ -107,3 +116,30 @@ def test_unknown_files_are_refused() -> None:
 def test_values_without_a_literal_are_refused() -> None:
     with pytest.raises(CodegenError, match="no C\\+\\+ literal"):
         codegen._constant("x", object())
+
+
+def test_the_source_digest_sees_code_and_no_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def digest() -> str:
+        codegen._text.cache_clear()
+        source_digest.cache_clear()
+        return source_digest()
+
+    here = digest()
+    shutil.copytree(CUDA_DIR, tmp_path / "cuda")
+    monkeypatch.setattr(codegen, "CUDA_DIR", tmp_path / "cuda")
+    assert digest() == here
+    for name in ("decode.cu", "rows.cuh"):
+        file = tmp_path / "cuda" / name
+        text = file.read_text()
+        file.write_text(text + "\n// Another remark.\n")
+        assert digest() == here
+        file.write_text(text + "\nstatic_assert(true);\n")
+        assert digest() != here
+        file.write_text(text)
+    (tmp_path / "cuda" / "paper.cu").unlink()
+    assert digest() == here, "the paper's kernel is no part of a step"
+    monkeypatch.undo()
+    digest()
+    assert set(STEP_FILES) <= {path.name for path in CUDA_DIR.glob("*.cu")}
