@@ -118,7 +118,7 @@ def test_scores_have_the_shape_that_their_kind_claims(kind):
     if kind == "model":
         rest = weight[:, 1:] / weight[:, 1:].sum(1, keepdim=True)
         effective = 1 / rest.square().sum(1)
-        assert 2 < effective.median() < 200
+        assert ((effective > 7) & (effective < 66)).all()
     assert (effective_tokens(inputs) > 1000).all() == (kind == "flat")
 
 

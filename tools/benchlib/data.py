@@ -23,6 +23,7 @@ __all__ = ["KINDS", "ScoreKind", "captured_inputs", "effective_tokens", "synthet
 _ROPE_BASE = 1e4
 _CORRELATED_TOKENS = 12
 _OUTLIER_CHANNELS = 4
+_BISECTIONS = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +185,7 @@ def _head(
     scores = q @ k.T / math.sqrt(channels)
     if kind.spread is None:
         wanted = 8 * 7.5 ** torch.rand(shape.group, 1, generator=generator, device=device)
-        spread = torch.sqrt(torch.log((tokens / wanted).clamp(min=1.1)))
+        spread = _spread_for(scores / scores.std(1, keepdim=True), wanted)
     else:
         spread = torch.full((shape.group, 1), kind.spread, device=device)
     q = q * spread / scores.std(1, keepdim=True)
@@ -192,6 +193,19 @@ def _head(
         _make_sink(k, q, kind.sink_mass)
         v[0] *= 0.05  # a sink's value is small: that is what makes it one
     return k, v, q
+
+
+def _spread_for(scores: Tensor, wanted: Tensor) -> Tensor:
+    """Factor on scores [G, T] at which 1 / sum p^2 is `wanted` [G, 1], by bisection."""
+    import torch
+
+    low, high = torch.zeros_like(wanted), torch.full_like(wanted, 50.0)
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        effective = 1 / torch.softmax(middle * scores, 1).square().sum(1, keepdim=True)
+        low = torch.where(effective > wanted, middle, low)
+        high = torch.where(effective > wanted, high, middle)
+    return high
 
 
 def _make_sink(k: Tensor, q: Tensor, mass: float) -> None:
