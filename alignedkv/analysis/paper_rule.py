@@ -91,6 +91,8 @@ class PaperRule:
             If a number is too large for fp16, the only type that the scheme has.
         """
         rows = VisibleRows.of(case, index)
+        for part in (rows.query, rows.key, rows.value):
+            encode_floats(part)
         tokens = len(rows.key)
         in_planes = tokens // BLOCK * BLOCK
         outputs, key_bits, value_bits = [], [], []
