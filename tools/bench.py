@@ -115,14 +115,9 @@ def print_row(facts: dict[str, Any]) -> None:
 
 def decode(options: argparse.Namespace) -> int:
     """Time the decode step at every size, data kind and tolerance."""
-    try:
-        import torch
-    except ImportError:
-        raise BenchError("decode needs torch and a GPU; torch is not installed") from None
-    if not torch.cuda.is_available():
-        raise BenchError(
-            "decode needs a GPU, and torch finds none; see `plot` for recorded results"
-        )
+    _require_gpu("decode")
+    import torch
+
     from alignedkv.kernels.config import DecodeConfig
     from alignedkv.policy import PrecisionPolicy
     from benchlib.ours import OurStep
@@ -245,6 +240,68 @@ def _versions() -> dict[str, str]:
     }
 
 
+def paper(options: argparse.Namespace) -> int:
+    """Time the paper's kernel with its rule, with all planes, and the best 16-bit peer."""
+    _require_gpu("paper")
+    import torch
+
+    from benchlib.paper import measure_paper
+
+    card = torch.cuda.get_device_name()
+    content: dict[str, Any] = {
+        "card": card,
+        "command": " ".join(["python", *sys.argv]),
+        "versions": _versions(),
+        "rows": [],
+        "failures": [],
+        "skipped": {},
+    }
+    print(f"{card}\n      T x B  rule                   us  bits/element  error_max", flush=True)
+    for shape, data, _ in cases(options):
+        try:
+            inputs = _inputs(shape, data, options.seed)
+            reference = reference_output(inputs)
+            results = measure_paper(inputs, reference, replays=options.replays)
+        except Exception as error:  # noqa: BLE001 - one broken case must not cost the others
+            _report_failure(content, shape, data, error)
+            continue
+        best = fastest(_measure_peers(options, inputs, reference, content), 16)
+        for found in results:
+            facts = {
+                "T": shape.tokens,
+                "batch": shape.batch,
+                "group": shape.group,
+                "data": data,
+                "rule": found.rule,
+                "us": found.timing.median_us,
+                "bits_per_element": found.bits_per_element,
+                "error_max": found.error.max,
+                "best16_us": best.timing.median_us if best and best.timing else None,
+                "best16_name": best.name if best else None,
+                "card": card,
+            }
+            print(
+                f"{shape.tokens:7d} x {shape.batch:<2d} {found.rule:20} {facts['us']:7.1f}"
+                f" {found.bits_per_element:8.2f}      {found.error.max:.5f}",
+                flush=True,
+            )
+            content["rows"].append(facts)
+        _write(options.json, content)
+    _write(options.json, content)
+    return 1 if content["failures"] else 0
+
+
+def _require_gpu(command: str) -> None:
+    try:
+        import torch
+    except ImportError:
+        raise BenchError(f"{command} needs torch and a GPU; torch is not installed") from None
+    if not torch.cuda.is_available():
+        raise BenchError(
+            f"{command} needs a GPU, and torch finds none; `plot` draws recorded results"
+        )
+
+
 def plot(options: argparse.Namespace) -> int:
     """Draw time against T for all peers, with the byte ceiling."""
     from benchlib.plot import draw_decode
@@ -271,6 +328,18 @@ def _size(text: str) -> tuple[int, int]:
     return int(tokens), int(batch or 1)
 
 
+def _add_problem(parser: argparse.ArgumentParser, *, sizes: Sequence[tuple[int, int]]) -> None:
+    parser.add_argument("--sizes", type=_size, nargs="+", default=sizes, metavar="TxB")
+    parser.add_argument("--data", nargs="+", default=["mixed"], choices=(*KINDS, CAPTURED))
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--group", type=int, default=4, help="query heads per KV head")
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--peers", nargs="+", default=["leaders"], help="names, 'leaders', 'none'")
+    parser.add_argument("--replays", type=int, default=25)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="where to keep every number")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -279,21 +348,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
     timed = commands.add_parser("decode", help="our decode step beside its peers, on a GPU")
     timed.set_defaults(run=decode)
-    timed.add_argument("--sizes", type=_size, nargs="+", default=SIZES, metavar="TxB")
-    timed.add_argument("--data", nargs="+", default=["mixed"], choices=(*KINDS, CAPTURED))
+    _add_problem(timed, sizes=SIZES)
     timed.add_argument("--tolerances", type=float, nargs="+", default=[2.0**-7, 2.0**-5])
-    timed.add_argument("--head-dim", type=int, default=128)
-    timed.add_argument("--group", type=int, default=4, help="query heads per KV head")
-    timed.add_argument("--kv-heads", type=int, default=8)
     timed.add_argument("--bound", default="estimate")
     timed.add_argument("--failure", type=float, default=1e-9)
     timed.add_argument("--layout", default="4|4|4|4")
     timed.add_argument("--sample-values", action="store_true")
     timed.add_argument("--set", nargs="*", default=[], metavar="TUNABLE=VALUE")
-    timed.add_argument("--peers", nargs="+", default=["leaders"], help="names, 'leaders' or 'none'")
-    timed.add_argument("--replays", type=int, default=25)
-    timed.add_argument("--seed", type=int, default=0)
-    timed.add_argument("--json", type=Path, help="where to keep every number")
+    published = commands.add_parser("paper", help="the AlignedKV paper's kernel, on a GPU")
+    published.set_defaults(run=paper, tolerances=[])
+    _add_problem(published, sizes=((32768, 1), (131072, 1)))
     drawn = commands.add_parser("plot", help="time against T, from a result of decode")
     drawn.set_defaults(run=plot)
     drawn.add_argument("file", type=Path)
