@@ -1,0 +1,299 @@
+"""The figures of the report, each one function from findings to inline SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from alignedkv.analysis.svg import HEAT_LEVELS, color, drawing, heat, series, to_svg
+from alignedkv.analysis.tables import (
+    Findings,
+    power_of_two,
+    summarize_schemes,
+    summarize_tolerances,
+)
+from alignedkv.policy import BoundKind
+
+#: Inches; narrow enough to be read on a telephone.
+_WIDTH = 4.4
+#: Bits at which the heat maps' levels begin, and the end of the last.
+_HEAT_EDGES = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
+_OURS = color("series-0")
+_SUPERSCRIPTS = str.maketrans("-.0123456789", "⁻·⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+class _Mark(NamedTuple):
+    """One scheme in the picture of errors against bytes."""
+
+    share: float
+    median: float
+    largest: float
+    name: str
+    tint: str
+
+
+def error_against_bytes(findings: Findings) -> str:
+    """Median error over the share of 16-bit bytes that is read: all schemes, all tolerances."""
+    with drawing("error", _WIDTH, 3.9) as figure:
+        axes = figure.subplots()
+        ours = summarize_tolerances(findings.outputs)
+        marked = [
+            _Mark(s.read_fraction, s.error_median, s.error_max, s.scheme, series(1))
+            for s in summarize_schemes(findings.schemes)
+        ] + [
+            _Mark(
+                s.read_fraction + s.scale_fraction,
+                s.error_median,
+                s.error_max,
+                _raised(power_of_two(s.tolerance)),
+                _OURS,
+            )
+            for s in ours
+        ]
+        for mark in marked:
+            x, low = 100 * mark.share, _log2(mark.median)
+            axes.plot([x, x], [low, _log2(mark.largest)], color=mark.tint, alpha=0.45, linewidth=1)
+            axes.plot([x], [low], marker="o", markersize=4.5, color=mark.tint)
+        axes.plot(
+            [100 * (s.read_fraction + s.scale_fraction) for s in ours],
+            [_log2(s.error_median) for s in ours],
+            color=_OURS,
+            linewidth=1.5,
+        )
+        _label_marks(axes, marked)
+        axes.set_xlim(0, 108)
+        axes.margins(y=0.08)
+        axes.set_xlabel("bytes read with scales, % of a 16-bit cache")
+        axes.set_ylabel("error (median; line: to the largest)")
+        _percent(axes.xaxis)
+        _log2_ticks(axes.yaxis)
+        return to_svg(figure, "Error against bytes read, for all schemes")
+
+
+def cost_of_tolerance(findings: Findings) -> str:
+    """Bytes of keys and of values at each tolerance, with the spread over the heads."""
+    summaries = summarize_tolerances(findings.outputs)[::-1]
+    with drawing("cost", _WIDTH, 3.9) as figure:
+        axes = figure.subplots()
+        x = np.arange(len(summaries))
+        keys = np.array([100 * s.bits_k / 32 for s in summaries])
+        values = np.array([100 * s.bits_v / 32 for s in summaries])
+        axes.bar(x, keys, 0.62, color=series(0), label="keys")
+        axes.bar(x, values, 0.62, bottom=keys, color=series(1), label="values")
+        for i, summary in enumerate(summaries):
+            there = findings.outputs[findings.outputs["tolerance"] == summary.tolerance]
+            heads = 100 * there.groupby(["layer", "kv_head"])["read_fraction"].mean()
+            low, high = float(heads.min()), float(heads.max())
+            axes.plot([i, i], [low, high], color=color("ink"), linewidth=1.2)
+            axes.annotate(
+                f"{100 * summary.read_fraction:.0f} %",
+                (i, max(high, keys[i] + values[i])),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+            )
+        axes.set_xticks(x, [_raised(power_of_two(s.tolerance)) for s in summaries])
+        axes.grid(axis="x", visible=False)
+        axes.margins(y=0.12)
+        axes.set_xlabel("tolerance")
+        axes.set_ylabel("bytes read, % of 16 bits")
+        _percent(axes.yaxis)
+        axes.legend(loc="upper left", ncols=2)
+        return to_svg(figure, "Bytes read at each tolerance")
+
+
+def rows_per_plane(findings: Findings) -> str:
+    """Share of the rows of which each plane is read, for the tolerances asked for."""
+    planes = findings.planes
+    mean = planes.groupby(["side", "plane", "tolerance"])["share"].mean()
+    places = sorted({(side, plane) for side, plane, _ in mean.index})
+    tolerances = sorted(planes["tolerance"].unique())
+    width = 0.8 / len(tolerances)
+    with drawing("planes", _WIDTH, 3.2) as figure:
+        axes = figure.subplots()
+        for i, tolerance in enumerate(tolerances):
+            x = np.arange(len(places)) + (i - (len(tolerances) - 1) / 2) * width
+            heights = [100 * mean[(side, plane, tolerance)] for side, plane in places]
+            axes.bar(
+                x, heights, width * 0.92, color=series(i), label=_raised(power_of_two(tolerance))
+            )
+            if len(tolerances) <= 2:
+                for xi, height in zip(x, heights, strict=True):
+                    axes.annotate(
+                        _short_percent(height),
+                        (xi, height),
+                        xytext=(0, 2),
+                        textcoords="offset points",
+                        ha="center",
+                        fontsize="x-small",
+                        color=color("muted"),
+                    )
+        axes.set_xticks(range(len(places)), [f"{side}{plane}" for side, plane in places])
+        axes.grid(axis="x", visible=False)
+        axes.set_ylim(0, 112)
+        axes.set_yticks(range(0, 101, 25))
+        axes.set_xlabel("plane of keys (K) and values (V), most significant first")
+        axes.set_ylabel("rows that are read so far, %")
+        axes.legend(loc="upper right", ncols=min(len(tolerances), 3))
+        return to_svg(figure, "Share of the rows that reach each plane")
+
+
+def tightness(findings: Findings) -> str:
+    """How far errors lie below the bounds of the same plan: distribution over the outputs."""
+    outputs = findings.requested
+    with drawing("tightness", _WIDTH, 3.4) as figure:
+        axes = figure.subplots()
+        for i, kind in enumerate(BoundKind):
+            ratio = (outputs["error"] / outputs[str(kind)]).to_numpy(np.float64)
+            ratio = np.sort(ratio[np.isfinite(ratio) & (ratio > 0)])
+            if len(ratio):
+                share = 100 * np.arange(1, len(ratio) + 1) / len(ratio)
+                axes.step(
+                    np.log2(ratio), share, where="post", color=series(i), linewidth=1.6, label=kind
+                )
+        axes.axvline(0, color=color("ink"), linewidth=1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            "error = bound",
+            (0, 50),
+            xytext=(-3, 0),
+            textcoords="offset points",
+            rotation=90,
+            ha="right",
+            va="center",
+            color=color("muted"),
+            fontsize="small",
+        )
+        axes.set_xlim(right=1)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("error as a share of the bound")
+        axes.set_ylabel("outputs up to there, %")
+        _log2_ticks(axes.xaxis)
+        axes.legend(loc="upper left")
+        return to_svg(figure, "Error as a share of each bound, distribution over the outputs")
+
+
+def bits_along_context(findings: Findings, side: str, tolerance: float) -> str:
+    """Heat map of mean bits per element along the context, one line per KV head.
+
+    Parameters
+    ----------
+    findings : Findings
+    side : str
+        "K" or "V".
+    tolerance : float
+        One of those asked for.
+    """
+    context = findings.context[findings.context["tolerance"] == tolerance]
+    column = {"K": "bits_k", "V": "bits_v"}[side]
+    table = context.pivot_table(index=["layer", "kv_head"], columns="place", values=column)
+    places = [p for p in table.columns if p > 0] + [p for p in table.columns if p < 0]
+    bits = table[places].to_numpy(np.float64)
+    lines = len(bits)
+    with drawing(f"context-{side}", _WIDTH, 1.2 + 0.17 * max(lines, 5)) as figure:
+        axes = figure.subplots()
+        mesh = axes.pcolormesh(
+            np.ma.masked_invalid(bits),
+            cmap=ListedColormap([heat(level) for level in range(HEAT_LEVELS)]),
+            norm=BoundaryNorm(_HEAT_EDGES, HEAT_LEVELS),
+            edgecolors=color("ground"),
+            linewidth=0.6,
+        )
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_yticks(*_head_labels(table.index))
+        _context_ticks(axes, places)
+        _heat_legend(figure, axes, mesh)
+        axes.set_xlabel("token, counted from the first (left) and from the query (right)")
+        axes.set_ylabel("layer · KV head")
+        return to_svg(
+            figure, f"Bits of {'keys' if side == 'K' else 'values'} along the context, per head"
+        )
+
+
+def _head_labels(index: pd.MultiIndex) -> tuple[list[float], list[str]]:
+    """Places and texts of the lines' labels: every one, or only the first head of every layer."""
+    every = len(index) <= 24
+    chosen = [
+        (i + 0.5, f"{layer} · {head}")
+        for i, (layer, head) in enumerate(index)
+        if every or index[i - 1][0] != layer or i == 0
+    ]
+    return [place for place, _ in chosen], [text for _, text in chosen]
+
+
+def _context_ticks(axes: Axes, places: Sequence[int]) -> None:
+    """First token of every other stretch, counted from the end that it belongs to."""
+    ticks, labels = [], []
+    middle = max((place for place in places), default=0)
+    for i, place in enumerate(places):
+        if abs(place) % 3 == 1 and abs(place) < middle - 1:
+            ticks.append(i + 0.5)
+            # Stretch n holds the tokens at distances 2^(n-2) to 2^(n-1) - 1; the first, distance 0.
+            distance = 0 if abs(place) == 1 else 2 ** (abs(place) - 2)
+            labels.append(f"{'' if place > 0 else '−'}{distance}")
+    axes.set_xticks(ticks, labels)
+
+
+def _heat_legend(figure: Figure, axes: Axes, mesh: Any) -> None:
+    bar = figure.colorbar(
+        mesh, ax=axes, location="top", aspect=40, pad=0.02, ticks=_HEAT_EDGES, drawedges=False
+    )
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+    bar.set_label("bits per element")
+
+
+def _label_marks(axes: Axes, marks: Sequence[_Mark]) -> None:
+    """Write each name beside its mark, away from the near edge and from the mark below."""
+    taken: list[tuple[float, float]] = []
+    for mark in sorted(marks, key=lambda mark: mark.median):
+        height = _log2(mark.median)
+        crowded = any(abs(mark.share - x) < 0.12 and abs(height - y) < 0.55 for x, y in taken)
+        # The curve falls to the right: left of its points there is room.
+        left = mark.tint == _OURS or (mark.share > 0.8) != crowded
+        taken.append((mark.share, height))
+        axes.annotate(
+            mark.name,
+            (100 * mark.share, height),
+            xytext=(-5 if left else 5, -4 if mark.tint == _OURS else 0),
+            textcoords="offset points",
+            ha="right" if left else "left",
+            va="center",
+            color=mark.tint,
+            fontsize="small",
+        )
+
+
+def _log2(number: float) -> float:
+    return float(np.log2(max(number, 2.0**-60)))
+
+
+def _raised(power: str) -> str:
+    """``2^-7`` with a raised exponent, as plain text."""
+    base, caret, exponent = power.partition("^")
+    return base + exponent.translate(_SUPERSCRIPTS) if caret else power
+
+
+def _short_percent(share: float) -> str:
+    if share == 0:
+        return "0"
+    return f"{share:.0f}" if share >= 9.5 else f"{share:.1f}" if share >= 0.1 else "<.1"
+
+
+def _percent(axis: Any) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:g} %"))
+
+
+def _log2_ticks(axis: Any) -> None:
+    axis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axis.set_major_formatter(FuncFormatter(lambda exponent, _: _raised(f"2^{exponent:g}")))
