@@ -37,10 +37,10 @@ from alignedkv.kernels.storage import (
     LOST_SCALE,
     check_query,
     check_rows,
-    exact_slots,
     from_float64,
     row_addresses,
     to_float32,
+    write_exact_rows,
 )
 from alignedkv.planes import DigitPlanes, dither_class, encode_rows
 from alignedkv.policy import BoundKind, feedback_theta
@@ -81,7 +81,7 @@ def encode(spec: DecodeSpec, cache: CacheArrays, keys: Array, values: Array) -> 
     LaunchError
         If shapes or dtypes are wrong or the cache is too small.
     ActivationError
-        If a row that can be attended holds NaN or infinity; nothing is written then.
+        If a row that can be attended holds NaN or infinity; nothing is appended then.
     """
     check_rows(spec, cache, keys, values)
     key_rows, value_rows = to_float32(keys, spec.row_dtype), to_float32(values, spec.row_dtype)
@@ -95,22 +95,17 @@ def encode(spec: DecodeSpec, cache: CacheArrays, keys: Array, values: Array) -> 
                 turned[0, b, h] = key_transform(cache, b, h).keys(key_rows[b, h])
                 turned[1, b, h] = np.pad(value_rows[b, h] - cache.value_mean[b, h], padding)
     lost = np.asarray(~np.isfinite(turned).all(axis=-1))
-    _refuse_lost_rows(lost, tokens, cache)
+    refuse_lost_rows(lost, cache)
 
     for b in range(batch):
         rows = dither_class(tokens[b], spec.dither_rows)
-        length = int(tokens[b, 0]) + count if count else int(cache.lengths[b])
-        slots = exact_slots(cache, tokens[b], start=int(cache.starts[b]), length=length)
         for h in range(kv_heads):
             encoded = [
                 _encode(spec, turned[side, b, h], cache.dither[side].astype(np.int32)[rows], gone)
                 for side, gone in enumerate(lost[:, b, h])
             ]
             write_rows(spec, cache, row_addresses(spec, cache, b, h, tokens[b]), *encoded)
-            if cache.exact_keys is not None and cache.exact_values is not None:
-                kept = slots >= 0
-                cache.exact_keys[b, h, slots[kept]] = keys[b, h, kept]
-                cache.exact_values[b, h, slots[kept]] = values[b, h, kept]
+    write_exact_rows(cache, keys, values)
     cache.lengths[:] += np.int32(count)
 
 
@@ -230,18 +225,32 @@ def probe(
     start_theta : float
         theta / tau from which feedback starts (`PrecisionPolicy.start_theta`).
     """
-    batch, heads, _ = query.shape
-    unknown = HeadState(
+    unknown = unknown_state(*query.shape[:2])
+    found = decode(spec, cache, query, unknown, coarse(arguments), sinks=sinks)
+    return started(found, arguments.tolerance * start_theta)
+
+
+def unknown_state(batch: int, heads: int) -> HeadState:
+    """Hints with which a step reads first planes alone: theta is infinite."""
+    return HeadState(
         log_z=np.zeros((batch, heads), np.float32),
         spread=np.zeros((batch, heads), np.float32),
         theta=np.full((batch, heads), np.inf, np.float32),
         step=np.zeros(1, np.uint32),
     )
-    coarse = replace(arguments, skip_share=0.0, repairs=0)
-    found = decode(spec, cache, query, unknown, coarse, sinks=sinks)
-    tau = np.float32(arguments.tolerance * start_theta) * found.size
-    return HeadState(
-        log_z=found.state.log_z, spread=found.state.spread, theta=tau, step=unknown.step
+
+
+def coarse(arguments: StepArguments) -> StepArguments:
+    """The arguments of a probe: no value row is skipped, nothing is repaired."""
+    return replace(arguments, skip_share=0.0, repairs=0)
+
+
+def started(probed: DecodeResult, theta_share: float) -> HeadState:
+    """The state after a probe: theta is ``theta_share`` of the output's size."""
+    return replace(
+        probed.state,
+        theta=(theta_share * probed.size).astype(np.float32),
+        step=np.zeros(1, np.uint32),
     )
 
 
@@ -273,11 +282,16 @@ def dequantise(
     return keys, values
 
 
-def _refuse_lost_rows(
-    lost: NDArray[np.bool_], tokens: NDArray[np.int64], cache: CacheArrays
-) -> None:
-    attended = tokens >= cache.starts[:, None]
-    bad = lost & attended[None, :, None, :]
+def refuse_lost_rows(lost: NDArray[np.bool_], cache: CacheArrays) -> None:
+    """Raise ActivationError where a row behind the lengths is lost and can be attended.
+
+    Parameters
+    ----------
+    lost : bool array [2, B, Hkv, S]
+        Key (0) and value (1) rows that are not finite once centred.
+    """
+    tokens = cache.lengths.astype(np.int64)[:, None] + np.arange(lost.shape[-1])
+    bad = lost & (tokens >= cache.starts[:, None])[None, :, None, :]
     if bad.any():
         side, b, h, i = (int(x) for x in np.argwhere(bad)[0])
         raise ActivationError(

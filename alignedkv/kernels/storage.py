@@ -162,8 +162,8 @@ def row_addresses(
         rows: NDArray[np.int64] = (sequence * kv_heads + head) * int(cache.scales.shape[2]) + t
         return rows
     page = np.asarray(cache.block_table)[sequence, t // spec.page_tokens].astype(np.int64)
-    rows = (page * kv_heads + head) * spec.page_tokens + t % spec.page_tokens
-    return rows
+    rows = (page * kv_heads + head) * spec.page_tokens
+    return rows + t % spec.page_tokens
 
 
 def exact_slots(
@@ -185,6 +185,24 @@ def exact_slots(
     early = (t >= start) & (t < start + cache.exact_first)
     slots[early] = t[early] - start
     return slots
+
+
+def write_exact_rows(cache: CacheArrays, keys: Array, values: Array) -> None:
+    """Keep those of the rows behind the lengths that the cache keeps exact, if it does.
+
+    Parameters
+    ----------
+    keys, values : arrays [B, Hkv, S, D] in row_dtype
+    """
+    if cache.exact_keys is None or cache.exact_values is None:
+        return
+    count = keys.shape[2]
+    for b, (start, before) in enumerate(zip(cache.starts, cache.lengths, strict=True)):
+        tokens = int(before) + np.arange(count)
+        slots = exact_slots(cache, tokens, start=int(start), length=int(before) + count)
+        kept = np.flatnonzero(slots >= 0)
+        cache.exact_keys[b][:, slots[kept]] = keys[b][:, kept]
+        cache.exact_values[b][:, slots[kept]] = values[b][:, kept]
 
 
 def to_float32(array: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:

@@ -1,0 +1,275 @@
+"""A whole decode step on the CPU: prepare, split, finish, repair, without returning to Python."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from alignedkv.kernels.cpu.compiled import compiled, parallel
+from alignedkv.kernels.cpu.finish import bound_head, merge_split
+from alignedkv.kernels.cpu.maths import exp, scale
+from alignedkv.kernels.cpu.plan import mix
+from alignedkv.kernels.cpu.rows import butterfly
+from alignedkv.kernels.cpu.split import decode_split
+from alignedkv.kernels.cpu.sums import scale_sums
+from alignedkv.kernels.cpu.tile import (
+    BASE,
+    CLASS_SUMS,
+    FACTS,
+    LOG_Z,
+    NORM1,
+    NORM2,
+    REFINED_ERROR,
+    SCORE_ERROR,
+    SHIFT,
+    SPREAD,
+    STATISTICAL,
+    SUMS,
+    THETA,
+    WEIGHT,
+    Head,
+    whole_cache,
+)
+from alignedkv.kernels.reference_plan import ENCODER_BUTTERFLY, ENCODER_DIGITS
+from alignedkv.kernels.sampling import SPREAD as HASH_SPREAD
+from alignedkv.planes import DITHER_FRACTION_BITS
+from alignedkv.policy import FEEDBACK_MARGIN_BITS, THETA_RANGE
+
+_LEAST_THETA, _MOST_THETA = THETA_RANGE
+_DITHER_STEP = 2.0**-DITHER_FRACTION_BITS / 4096.0
+
+
+@parallel
+def decode_step(
+    key_planes,  # 4 x uint8 [rows, bytes]
+    value_planes,  # 4 x uint8 [rows, bytes]
+    widths,  # 4 x int, 0 where a plane is not stored
+    stored,  # tile.Stored
+    step,  # tile.Step
+    query,  # float32 [B, H, D]
+    key_mean,  # float32 [B, Hkv, D]
+    balance,  # float32 [B, Hkv, D]
+    signs,  # float32 [C]
+    block,  # channels of a Hadamard block
+    score_error,  # Arithmetic.score_norm1
+    refined_error,  # Arithmetic.refined_norm1
+    lengths,  # int32 [B]
+    starts,  # int32 [B]
+    log_z,  # float32 [B, H]
+    spread,  # float32 [B, H]
+    theta,  # float32 [B, H]
+    counter,  # of the sampling hash
+    sinks,  # float32 [H], empty for none
+    splits,  # parts of a sequence
+    output,  # float64 [B, H, D], written
+    answer,  # float32 [6, B, H], written: bound, size, log_z, spread, theta, missed
+    reads,  # uint32 [B, Hkv, 2, N], added to
+):
+    """Decode one token of every sequence; repeat, finer, the KV heads whose bound missed."""
+    batch, heads, head_dim = query.shape
+    kv_heads = stored.heads
+    group, channels = heads // kv_heads, len(signs)
+    classes = stored.dither.shape[1]
+    places = batch * kv_heads
+    queries = np.zeros((places, group, channels), np.float32)
+    exact_queries = np.zeros((places, group, head_dim))
+    products = np.zeros((places, group, classes))
+    facts = np.zeros((places, group, FACTS))
+    for place in numba.prange(places):
+        b, h = place // kv_heads, place % kv_heads
+        _prepare(
+            step, query, key_mean, balance, signs, block, score_error, refined_error, log_z,
+            spread, theta, stored.dither, b, h, queries[place], exact_queries[place],
+            products[place], facts[place],
+        )  # fmt: skip
+
+    active = np.ones(places, np.bool_)
+    tops = np.empty((places, splits, group))
+    sums = np.empty((places, splits, group, SUMS))
+    kinds = np.empty((places, splits, group, CLASS_SUMS, classes))
+    outs = np.empty((places, splits, group, channels))
+    counts = np.empty((places, splits, 2, stored.stored), np.int64)
+    for attempt in range(step.repairs + 1):
+        for task in numba.prange(places * splits):
+            place, i = task // splits, task % splits
+            if active[place]:
+                b, h = place // kv_heads, place % kv_heads
+                start, length = _range(step, lengths, starts, b)
+                piece = (length - start + splits - 1) // splits
+                begin = min(start + i * piece, length)
+                key = _stream_key(step.seed, counter, place)
+                head = Head(
+                    queries[place], exact_queries[place], products[place], facts[place], key
+                )
+                scale(sums[place, i], 0)
+                scale(kinds[place, i], 0)
+                scale(outs[place, i], 0)
+                scale(counts[place, i], 0)
+                whole = whole_cache(key_planes, value_planes, widths, stored)
+                decode_split(
+                    whole, step, head, b, h, start, length, begin, min(begin + piece, length),
+                    tops[place, i], sums[place, i], kinds[place, i], outs[place, i],
+                    counts[place, i],
+                )  # fmt: skip
+        for place in numba.prange(places):
+            if active[place]:
+                b, h = place // kv_heads, place % kv_heads
+                for i in range(splits):
+                    for side in range(2):
+                        for n in range(stored.stored):
+                            reads[b, h, side, n] += np.uint32(counts[place, i, side, n])
+                missed = _finish(
+                    stored.value_mean, step, facts[place], tops[place], sums[place],
+                    kinds[place], outs[place], b, h, sinks, attempt, output, answer,
+                )  # fmt: skip
+                start, length = _range(step, lengths, starts, b)
+                active[place] = missed and length > start
+        if not _any(active):
+            break
+
+
+@compiled
+def _any(flags):
+    for flag in flags:  # noqa: SIM110 - a loop compiles at once
+        if flag:
+            return True
+    return False
+
+
+@compiled
+def _range(step, lengths, starts, b):
+    """First attended token, and the one after the last."""
+    start, length = np.int64(starts[b]), np.int64(lengths[b])
+    if step.window > 0:
+        start = max(start, length - step.window)
+    return min(start, length), length
+
+
+@compiled
+def _stream_key(seed, counter, place):
+    """`sampling.stream_key`."""
+    word = mix(np.uint64((seed + HASH_SPREAD) & 0xFFFFFFFF)) ^ np.uint64(counter & 0xFFFFFFFF)
+    return np.int64(mix(mix(word) ^ np.uint64(place & 0xFFFFFFFF)))
+
+
+@compiled
+def _prepare(
+    step, query, key_mean, balance, signs, block, score_error, refined_error, log_z, spread,
+    theta, dither, b, h, queries, exact_queries, products, facts,
+):  # fmt: skip
+    """q', its norms, C_s and the hints of the G heads of one KV head."""
+    group, channels = queries.shape
+    head_dim = query.shape[2]
+    stages = np.log2(np.float64(block)) + 1.0
+    for g in range(group):
+        at = h * group + g
+        turned = np.zeros(channels)
+        base = 0.0
+        for i in range(head_dim):
+            q = np.float64(query[b, at, i])
+            exact_queries[g, i] = q
+            base += q * np.float64(key_mean[b, h, i])
+            turned[i] = q * np.float64(balance[b, h, i]) * np.float64(signs[i])
+        butterfly(turned, block)
+        norm1 = norm2 = 0.0
+        for i in range(channels):
+            norm1 += abs(turned[i])
+            norm2 += turned[i] ** 2
+            queries[g, i] = turned[i]
+        norm1, norm2 = step.scaling * norm1, step.scaling * np.sqrt(norm2)
+        for s in range(dither.shape[1]):
+            product = 0.0
+            for i in range(channels):
+                product += np.float64(queries[g, i]) * np.float64(dither[0, s, i])
+            products[g, s] = product * _DITHER_STEP
+        butterfly_error = ENCODER_BUTTERFLY * stages * np.sqrt(np.float64(channels)) * norm2
+        digits_error = (2.0 ** -(DITHER_FRACTION_BITS + 1) + ENCODER_DIGITS) * norm1
+        facts[g, BASE] = step.scaling * base
+        facts[g, NORM1], facts[g, NORM2] = norm1, norm2
+        facts[g, SHIFT] = (butterfly_error + digits_error) / 4096.0
+        facts[g, SCORE_ERROR] = score_error * norm1
+        facts[g, REFINED_ERROR] = refined_error * norm1
+        hint = np.float64(log_z[b, at])
+        facts[g, LOG_Z] = -np.inf if np.isnan(hint) else hint
+        hint = np.float64(spread[b, at])
+        facts[g, SPREAD] = hint if np.isfinite(hint) else 0.0
+        hint = np.float64(theta[b, at])
+        facts[g, THETA] = 0.0 if np.isnan(hint) else hint
+
+
+@compiled
+def _finish(value_mean, step, facts, tops, sums, kinds, outs, b, h, sinks, attempt, output, answer):
+    """Merge the splits of the G heads, bound them, and set the hints of a repair.
+
+    Returns
+    -------
+    bool
+        Whether a head missed and its hints now ask for more.
+    """
+    group = tops.shape[1]
+    head_dim = output.shape[2]
+    mean = value_mean[b, h]
+    mean_size = 0.0
+    for i in range(head_dim):
+        mean_size = max(mean_size, abs(np.float64(mean[i])))
+    again = False
+    for g in range(group):
+        at = h * group + g
+        top = -np.inf
+        for i in range(len(tops)):
+            top = max(top, tops[i, g])
+        logit = np.float64(sinks[at]) if len(sinks) else -np.inf
+        if top == -np.inf:
+            for i in range(head_dim):
+                output[b, at, i] = 0
+            for k in range(len(answer)):
+                answer[k, b, at] = 0
+            answer[2, b, at] = logit
+            answer[4, b, at] = facts[g, THETA]
+            continue
+        total = np.zeros(SUMS)
+        kind = np.zeros((CLASS_SUMS, kinds.shape[3]))
+        out = np.zeros(outs.shape[2])
+        for i in range(len(tops)):
+            factor = exp(tops[i, g] - top) if tops[i, g] > -np.inf else 0.0
+            merge_split(sums[i, g], kinds[i, g], outs[i, g], factor, total, kind, out)
+        sink = np.exp(logit - top)
+        weight = total[WEIGHT] + sink
+        sink /= weight
+        scale_sums(total, 1.0 / weight)
+        scale(kind, 1.0 / weight)
+        spread = size = 0.0
+        lost = False
+        for i in range(head_dim):
+            value = out[i] / weight + (1.0 - sink) * np.float64(mean[i])
+            output[b, at, i] = value
+            spread = max(spread, abs(value - np.float64(mean[i])))
+            size = max(size, abs(value))
+            lost |= np.isnan(value)
+        if lost:
+            spread = size = np.nan
+        bound = bound_head(step, facts[g], total, kind, sink, spread, mean_size)
+        if np.isnan(bound) and not lost:
+            bound = np.inf
+        tau = step.tolerance * size
+        if attempt == 0:
+            wanted = tau / max(bound, 1e-300) * 2.0**-FEEDBACK_MARGIN_BITS
+            following = facts[g, THETA] * min(max(wanted, 0.25), 4.0)
+            answer[4, b, at] = min(max(following, _LEAST_THETA * tau), _MOST_THETA * tau)
+            if np.isnan(bound):
+                answer[4, b, at] = np.nan
+        missed = not bound <= step.tolerance * (size - bound)
+        log_z = top + np.log(weight)
+        answer[0, b, at] = np.nextafter(np.float32(bound), np.float32(np.inf))
+        answer[1, b, at], answer[2, b, at], answer[3, b, at] = size, log_z, spread
+        answer[5, b, at] = missed
+        if attempt == step.repairs:
+            continue
+        if step.kind != STATISTICAL:
+            facts[g, LOG_Z], facts[g, SPREAD] = log_z, spread
+        if missed:
+            again = True
+            finer = min(0.5, tau / bound / 2.0)
+            last = attempt + 1 == step.repairs
+            facts[g, THETA] = 0.0 if last or np.isnan(finer) else facts[g, THETA] * finer
+    return again
