@@ -25,7 +25,7 @@ from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import SM90
 
 HEADER = Path(__file__).parent / "warps.h"
-FLAGS = ("-O1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared", "-pthread", "-w")
+FLAGS = ("-O1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 #: What stands for the instructions that the kernels spell in assembly.
 INSTRUCTIONS = {
     r'asm\("cvt.f32.f16 [^;]*;[^;]*;': "_Float16 h; memcpy(&h, &bits, 2); value = h;",

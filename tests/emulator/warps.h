@@ -1,15 +1,15 @@
-// CUDA's execution model on host threads, as far as the simple kernels need it: one thread per lane,
-// barriers per warp and per block, one block at a time.  Slow and exact; tensor cores, asynchronous
-// copies and streams are not here.
+// CUDA's execution model in one host thread, as far as the simple kernels need it: a fiber per CUDA
+// thread, run in turn from barrier to barrier, one block at a time.  Slow, exact, deterministic;
+// tensor cores, asynchronous copies and streams are not here.
 #pragma once
+#include <ucontext.h>
+
 #include <algorithm>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <memory>
-#include <mutex>
-#include <thread>
+#include <functional>
+#include <utility>
 #include <vector>
 
 #define __device__
@@ -26,17 +26,94 @@ using std::min;
 struct Index3 {
   unsigned x = 0, y = 0, z = 0;
 };
-thread_local Index3 threadIdx, blockIdx;
-static Index3 blockDim, gridDim;
+static Index3 threadIdx, blockIdx, blockDim, gridDim;
 
-static std::unique_ptr<std::barrier<>> block_barrier;
-static std::vector<std::unique_ptr<std::barrier<>>> warp_barriers;
+// ---- fibers ---------------------------------------------------------------------------------------
+
+constexpr std::size_t kStackBytes = 128 << 10;
+
+struct Barrier {
+  unsigned size = 0, arrived = 0, generation = 0;
+
+  void release_if_full() {
+    if (arrived == size) arrived = 0, ++generation;
+  }
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::vector<char> stack;
+  Index3 thread;
+  bool finished = false;
+};
+
+static ucontext_t scheduler;
+static std::vector<Fiber> fibers;
+static Fiber* running;
+static Barrier block_barrier;
+static std::vector<Barrier> warp_barriers;
+static std::function<void()> kernel_body;
 static unsigned exchanged[32][32];
-static std::mutex atomics;
 
 inline unsigned thread_number() { return threadIdx.x + threadIdx.y * blockDim.x; }
-inline void __syncthreads() { block_barrier->arrive_and_wait(); }
-inline void __syncwarp() { warp_barriers[thread_number() / 32]->arrive_and_wait(); }
+
+inline void wait(Barrier& barrier) {
+  const unsigned mine = barrier.generation;
+  ++barrier.arrived;
+  barrier.release_if_full();
+  while (barrier.generation == mine) swapcontext(&running->context, &scheduler);
+}
+inline void __syncthreads() { wait(block_barrier); }
+inline void __syncwarp() { wait(warp_barriers[thread_number() / 32]); }
+
+// A thread that returns early leaves the barriers; the rest need not wait for it.
+inline void run_fiber() {
+  kernel_body();
+  running->finished = true;
+  for (Barrier* barrier : {&block_barrier, &warp_barriers[thread_number() / 32]}) {
+    --barrier->size;
+    barrier->release_if_full();
+  }
+}
+
+inline void run_block() {
+  const unsigned count = blockDim.x * blockDim.y;
+  block_barrier = {count};
+  warp_barriers.assign((count + 31) / 32, {32});
+  if (count % 32) warp_barriers.back().size = count % 32;
+  fibers.resize(count);
+  for (unsigned t = 0; t < count; ++t) {
+    Fiber& fiber = fibers[t];
+    fiber.thread = {t % blockDim.x, t / blockDim.x, 0}, fiber.finished = false;
+    fiber.stack.resize(kStackBytes);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.data();
+    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_link = &scheduler;
+    makecontext(&fiber.context, run_fiber, 0);
+  }
+  for (unsigned left = count; left > 0;) {
+    for (Fiber& fiber : fibers) {
+      if (fiber.finished) continue;
+      running = &fiber, threadIdx = fiber.thread;
+      swapcontext(&scheduler, &fiber.context);
+      left -= fiber.finished;
+    }
+  }
+}
+
+template <class Kernel>
+void launch(Kernel kernel, Index3 grid, Index3 block) {
+  gridDim = grid, blockDim = block, kernel_body = kernel;
+  for (unsigned y = 0; y < grid.y; ++y) {
+    for (unsigned x = 0; x < grid.x; ++x) {
+      blockIdx = {x, y, 0};
+      run_block();
+    }
+  }
+}
+
+// ---- intrinsics -----------------------------------------------------------------------------------
 
 // What lane `from` gives as x.
 inline unsigned of_lane(unsigned x, unsigned from) {
@@ -94,47 +171,15 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
   return result;
 }
 
-template <class T, class Change>
-T change_atomically(T* at, Change change) {
-  std::lock_guard<std::mutex> guard(atomics);
-  const T before = *at;
-  *at = change(before);
-  return before;
-}
 template <class T>
 T atomicAdd(T* at, T x) {
-  return change_atomically(at, [&](T old) { return old + x; });
+  return std::exchange(*at, *at + x);
 }
 template <class T>
 T atomicMax(T* at, T x) {
-  return change_atomically(at, [&](T old) { return max(old, x); });
+  return std::exchange(*at, max(*at, x));
 }
 template <class T>
 T atomicMin(T* at, T x) {
-  return change_atomically(at, [&](T old) { return min(old, x); });
-}
-
-// Run a grid.  A thread that returns early leaves its block's barrier; warps return as a whole.
-template <class Kernel>
-void launch(Kernel kernel, Index3 grid, Index3 block) {
-  gridDim = grid, blockDim = block;
-  const unsigned count = block.x * block.y;
-  for (unsigned y = 0; y < grid.y; ++y) {
-    for (unsigned x = 0; x < grid.x; ++x) {
-      block_barrier = std::make_unique<std::barrier<>>(count);
-      warp_barriers.clear();
-      for (unsigned first = 0; first < count; first += 32) {
-        warp_barriers.push_back(std::make_unique<std::barrier<>>(min(32u, count - first)));
-      }
-      std::vector<std::thread> threads;
-      for (unsigned t = 0; t < count; ++t) {
-        threads.emplace_back([=] {
-          threadIdx = {t % block.x, t / block.x, 0}, blockIdx = {x, y, 0};
-          kernel();
-          block_barrier->arrive_and_drop();
-        });
-      }
-      for (std::thread& thread : threads) thread.join();
-    }
-  }
+  return std::exchange(*at, min(*at, x));
 }

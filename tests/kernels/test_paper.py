@@ -73,6 +73,12 @@ def planes_of(gap: Rows, gaps: tuple[int, int]) -> NDArray[np.int64]:
     return np.where(gap >= gaps[1], 1, np.where(gap >= gaps[0], 2, 3))
 
 
+def read(rows: Rows, planes: NDArray[np.int64]) -> Rows:
+    """Rows, each number to as many planes as ``planes`` (broadcast) says."""
+    encoded, counts = encode_floats(rows), (1, 2, 3)
+    return np.select([planes == n for n in counts], [encoded.prefix(n) for n in counts])
+
+
 def ruled_outputs(
     rows: dict[str, NDArray[np.float16]], expected: Rows, rule: PaperRule
 ) -> tuple[Rows, NDArray[np.int64]]:
@@ -86,13 +92,9 @@ def ruled_outputs(
             key_size = exponent(np.abs(keys[b, kv]).max(axis=0))
             value_size = exponent(np.abs(values[b, kv]).max(axis=0))
             sums = exponent(query[b, group.start : group.stop]) + key_size
-            of_channel = planes_of(sums.max(axis=1, keepdims=True) - sums, rule.key_gaps).max(
-                axis=0
-            )
-            seen = encode_floats(keys[b, kv, :length])
-            ruled = np.select(
-                [of_channel == n for n in (1, 2, 3)], [seen.prefix(n) for n in (1, 2, 3)]
-            )
+            gaps = sums.max(axis=1, keepdims=True) - sums
+            of_channel = planes_of(gaps, rule.key_gaps).max(axis=0)
+            ruled = read(keys[b, kv, :length], of_channel)
             weights = [attention(query[b, h], ruled, values[b, kv, :length])[0] for h in group]
             of_token = np.ones(length, np.int64)
             for weight, h in zip(weights, group, strict=True):
@@ -100,10 +102,7 @@ def ruled_outputs(
                 fraction, power = np.frexp(weight)
                 gap = threshold - ((power - 1) + (2 * fraction - 1))
                 of_token = np.maximum(of_token, planes_of(gap, rule.value_gaps))
-            seen = encode_floats(values[b, kv, :length])
-            ruled = np.select(
-                [of_token[:, None] == n for n in (1, 2, 3)], [seen.prefix(n) for n in (1, 2, 3)]
-            )
+            ruled = read(values[b, kv, :length], of_token[:, None])
             for weight, h in zip(weights, group, strict=True):
                 out[b, h] = weight @ ruled
             for side, planes in enumerate((of_channel, of_token)):
