@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from alignedkv.errors import CodegenError
-from alignedkv.kernels.footprint import MAX_SPLITS, shared_bytes
+from alignedkv.kernels.footprint import MAX_SPLITS, padded_heads, shared_bytes
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
 
 WARP = 32
 MAX_THREADS_PER_BLOCK = 1024
+#: Of a thread.
+MAX_REGISTERS = 255
 #: A decode kernel with fewer registers a thread than this spills (test_resources.py).
 MIN_REGISTERS = 64
 
@@ -112,12 +114,30 @@ def default_config(spec: DecodeSpec, target: DeviceTarget) -> DecodeConfig:
         If nothing fits the target.
     """
     first = DecodeConfig()
-    for blocks, warps in itertools.product((2, 1), (first.warps, 4)):
-        config = replace(first, blocks_per_sm=blocks, warps=warps)
-        if not restrictions(spec, config, target):
-            return config
-    check_legal(spec, first, target)
-    return first
+    legal = [
+        config
+        for blocks, warps in itertools.product((2, 1), (first.warps, 4))
+        if not restrictions(
+            spec, config := replace(first, blocks_per_sm=blocks, warps=warps), target
+        )
+    ]
+    if not legal:
+        check_legal(spec, first, target)
+    roomy = (c for c in legal if registers(c, target) >= _registers_without_spills(spec))
+    return next(roomy, legal[-1])
+
+
+def registers(config: DecodeConfig, target: DeviceTarget) -> int:
+    """Registers that a thread of decode.cu may have."""
+    resident = WARP * config.warps * config.blocks_per_sm
+    return min(target.registers_per_sm // resident, MAX_REGISTERS)
+
+
+def _registers_without_spills(spec: DecodeSpec) -> int:
+    """What decode.cu takes at most, read from the compiler (test_resources.py)."""
+    if padded_heads(spec) > 4:
+        return MAX_REGISTERS
+    return 128 if spec.channels <= 128 else 176
 
 
 def splits_per_head(
