@@ -13,6 +13,7 @@ from __future__ import annotations
 __all__ = [
     "ActivationError",
     "AlignedKVError",
+    "BoundMissedError",
     "CodegenError",
     "CompileError",
     "LaunchError",
@@ -48,6 +49,14 @@ class UnsupportedModelError(AlignedKVError):
 
     Raised before anything of the model is changed.  The message names the part that stands in the
     way: the attention interface, a layer type, a head size, a device, a dtype.
+    """
+
+
+class BoundMissedError(AlignedKVError):
+    """An output whose error bound exceeds the tolerance, where a miss was to raise.
+
+    Only with ``on_miss="raise"``.  The message names the layer, how many heads missed and the
+    largest bound.
     """
 
 

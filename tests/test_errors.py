@@ -8,6 +8,7 @@ from alignedkv import errors
 
 BAD_VALUE = {"SpecError", "ActivationError"}
 TREE = BAD_VALUE | {
+    "BoundMissedError",
     "UnsupportedModelError",
     "CodegenError",
     "CompileError",
