@@ -1,0 +1,385 @@
+"""Steps on a GPU against the reference and the exact answer; wrong arguments without one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import oracles
+from alignedkv.errors import LaunchError
+from alignedkv.formats import BF16, FP16, FP32
+from alignedkv.kernels import launch, reference
+from alignedkv.kernels.arrays import CacheArrays, DecodeResult, HeadState
+from alignedkv.kernels.compile import build
+from alignedkv.kernels.config import DecodeConfig, default_config, restrictions
+from alignedkv.kernels.device import device_target
+from alignedkv.kernels.spec import DecodeSpec
+from alignedkv.kernels.storage import allocate_numpy, to_float32
+from alignedkv.kernels.target import SM90
+from alignedkv.kernels.workspace import Workspace, allocate_workspace
+from emulator.machines import Emulated, Gpu, emulate_places
+from problems import RECIPES, Problem, make, recipe
+
+UNIT = {"float16": FP16, "bfloat16": BF16, "float32": FP32}
+#: What a configuration may have otherwise than the default.
+CHANGES: tuple[dict[str, Any], ...] = (
+    {"warps": 4},
+    {"blocks_per_sm": 1},
+    {"key_stages": 2},
+    {"key_stages": 3, "warps": 4},
+    {"eager_values": True},
+    {"strided_tiles": False},
+    {"waves": 2},
+)
+LONG = recipe(shape={"tokens": 3000, "batch": 1})
+STEP_RECIPE = recipe(
+    spec={"row_dtype": "float32", "query_dtype": "float32"},
+    policy={"exact_first": 2, "exact_last": 3},
+    shape={"tokens": 150},
+)
+#: Bytes before and behind every array of a guarded workspace.
+GUARD = 256
+PATTERN = 0xC7
+
+
+# ---- to the GPU and back ------------------------------------------------------------------------
+
+
+def uploaded(part: Any) -> Any:
+    """A dataclass of NumPy arrays with its arrays on the GPU."""
+    put = Gpu().put
+    moved: dict[str, Any] = {}
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, np.ndarray):
+            value = put(value)
+        elif isinstance(value, tuple):
+            value = tuple(put(array) for array in value)
+        moved[field.name] = value
+    return type(part)(**moved)
+
+
+def downloaded(found: DecodeResult) -> DecodeResult:
+    get = Gpu().get
+    state = HeadState(**{f.name: get(getattr(found.state, f.name)) for f in fields(HeadState)})
+    outputs = {
+        f.name: get(getattr(found, f.name)) for f in fields(DecodeResult) if f.name != "state"
+    }
+    return DecodeResult(**outputs, state=state)
+
+
+def on_gpu(problem: Problem) -> dict[str, Any]:
+    """Arguments of `launch.decode` but for the state."""
+    sinks = None if problem.sinks is None else Gpu().put(problem.sinks)
+    return {
+        "spec": problem.spec,
+        "cache": uploaded(problem.cache),
+        "query": Gpu().put(problem.query),
+        "arguments": problem.arguments,
+        "sinks": sinks,
+    }
+
+
+def errors(problem: Problem, found: DecodeResult, exact: oracles.Exact) -> tuple[Any, Any]:
+    """Error and what is allowed, [B, H]: the bound and the output's own rounding."""
+    dtype = UNIT[problem.spec.query_dtype]
+    output = to_float32(found.output, problem.spec.query_dtype).astype(np.float64)
+    error = np.abs(output - exact.output).max(axis=-1)
+    size = np.maximum(np.abs(output), np.abs(exact.output)).max(axis=-1)
+    u = dtype.unit_roundoff
+    return error, found.bound.astype(np.float64) + u / (1 - u) * size + dtype.smallest_subnormal
+
+
+@pytest.fixture(scope="module")
+def built() -> None:
+    """Kernels of all recipes, compiled on all cores before the first of them runs."""
+    target = device_target(0)
+    specs = {make(each).spec for each in (*RECIPES.values(), STEP_RECIPE)}
+    wanted = {(spec, default_config(spec, target)) for spec in specs}
+    spec = make(LONG).spec
+    wanted |= {(spec, replace(default_config(spec, target), **change)) for change in CHANGES}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [
+            pool.submit(build, *each, file, target.arch)
+            for each in wanted
+            for file in ("decode.cu", "prepare.cu")
+        ]
+        for job in jobs:
+            job.result()
+
+
+def gpu(test: Any) -> Any:
+    return pytest.mark.gpu(pytest.mark.usefixtures("built")(test))
+
+
+# ---- answers ------------------------------------------------------------------------------------
+
+
+def solve(problem: Problem, steps: int = 2) -> Iterator[tuple[HeadState, DecodeResult]]:
+    """Probe, then decode the same query; each step with the state that it was given."""
+    given = on_gpu(problem)
+    state = launch.probe(**given, start_theta=problem.start_theta)
+    for _ in range(steps):
+        before = HeadState(**{f.name: Gpu().get(getattr(state, f.name)) for f in fields(state)})
+        found = launch.decode(**given, state=state)
+        yield before, downloaded(found)
+        state = found.state
+
+
+@gpu
+@pytest.mark.parametrize("name", RECIPES)
+def test_outputs_lie_within_their_bounds(name: str) -> None:
+    problem = make(RECIPES[name])
+    exact = problem.exact()
+    for _, found in solve(problem):
+        error, allowed = errors(problem, found, exact)
+        assert (error <= allowed).all(), (error / allowed).max()
+
+
+@gpu
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_plan_and_the_bound_are_the_references(name: str) -> None:
+    """Planes read but for ties; for the same reads a bound not below the reference's."""
+    p = make(RECIPES[name])
+    for state, found in solve(p):
+        wanted = reference.decode(p.spec, p.cache, p.query, state, p.arguments, sinks=p.sinks)
+        reads, wanted_reads = found.reads.astype(np.int64), wanted.reads.astype(np.int64)
+        ties = np.abs(reads - wanted_reads).sum()
+        assert ties <= 4 + 0.02 * wanted_reads.sum()
+        same = np.repeat((reads == wanted_reads).all(axis=(2, 3)), p.spec.group, axis=1)
+        same &= np.isfinite(wanted.bound) & (found.missed == wanted.missed)
+        slack = 1 - 2.0**-10  # sums of float32
+        assert (found.bound[same] >= slack * wanted.bound[same]).all()
+        np.testing.assert_allclose(
+            found.state.log_z[same], wanted.state.log_z[same], atol=wanted.bound.max() + 1e-3
+        )
+
+
+@gpu
+@pytest.mark.parametrize("name", ["estimate", "deterministic", "everything", "d256-p256"])
+def test_a_step_repeats_bit_for_bit(name: str) -> None:
+    problem = make(RECIPES[name])
+    for (_, one), (_, other) in zip(solve(problem), solve(problem), strict=True):
+        for field in ("output", "bound", "size", "missed", "reads"):
+            np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
+
+
+@gpu
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_a_configuration_changes_only_rounding(change: dict[str, Any]) -> None:
+    problem = make(LONG)
+    config = replace(default_config(problem.spec, device_target(0)), **change)
+    assert not restrictions(problem.spec, config, device_target(0))
+    given = on_gpu(problem)
+    state = launch.probe(**given, start_theta=problem.start_theta)
+    usual = downloaded(launch.decode(**given, state=state))
+    found = downloaded(launch.decode(**given, state=state, config=config))
+    if not change.get("eager_values"):
+        np.testing.assert_array_equal(found.reads, usual.reads)
+    exact = problem.exact()
+    error, allowed = errors(problem, found, exact)
+    assert (error <= allowed).all()
+    np.testing.assert_allclose(found.state.log_z, usual.state.log_z, rtol=1e-5, atol=1e-5)
+
+
+# ---- steps --------------------------------------------------------------------------------------
+
+
+def grown(problem: Problem, tokens: int) -> tuple[CacheArrays, list[NDArray[Any]]]:
+    """A cache on the GPU with the first ``tokens`` rows, and keys and values of all rows."""
+    kept = problem.cache
+    sizes = {"exact_first": kept.exact_first, "exact_last": kept.exact_last}
+    batch, kv_heads, length, _ = problem.keys.shape
+    cache = allocate_numpy(
+        problem.spec, batch=batch, kv_heads=kv_heads, capacity=length + 2, **sizes
+    )
+    for name in ("key_mean", "balance", "value_mean", "signs", "dither"):
+        getattr(cache, name)[...] = getattr(kept, name)
+    rows = [
+        problem.keys.astype(np.float32),
+        problem.values.astype(np.float32),
+    ]
+    assert problem.spec.row_dtype == "float32"
+    reference.encode(problem.spec, cache, *(x[:, :, :tokens] for x in rows))
+    return uploaded(cache), rows
+
+
+def guarded(arrays: list[Any]) -> Any:
+    """A `zeros` callback whose arrays lie between bytes of a pattern; bases go to ``arrays``."""
+    import cupy
+
+    def zeros(shape: tuple[int, ...], dtype: str) -> Any:
+        held = np.dtype("uint16" if dtype == "bfloat16" else dtype)
+        size = int(np.prod(shape)) * held.itemsize
+        base = cupy.full(size + 2 * GUARD, PATTERN, np.uint8)
+        arrays.append(base)
+        inner = base[GUARD : GUARD + size].view(held).reshape(shape)
+        inner[...] = 0
+        return inner
+
+    return zeros
+
+
+def a_workspace(spec: DecodeSpec, cache: CacheArrays, zeros: Any) -> tuple[DecodeConfig, Workspace]:
+    target = device_target(0)
+    config = default_config(spec, target)
+    return config, allocate_workspace(spec, config, target, cache, zeros=zeros)
+
+
+@gpu
+def test_a_step_is_an_append_and_a_decode() -> None:
+    p = make(STEP_RECIPE)
+    cache, rows = grown(p, 147)
+    arrays: list[Any] = []
+    config, workspace = a_workspace(p.spec, cache, guarded(arrays))
+    query = Gpu().put(p.query)
+    state = launch.probe(p.spec, cache, query, p.arguments, start_theta=p.start_theta)
+    for array in workspace.outputs.values():
+        array.view(np.uint8)[...] = 0xFF  # NaN, and counts that no step can have
+    before = HeadState(**{f.name: Gpu().get(getattr(state, f.name)) for f in fields(state)})
+    for t in range(147, 150):
+        k, v = (Gpu().put(np.ascontiguousarray(x[:, :, t : t + 1])) for x in rows)
+        found = launch.step(p.spec, config, cache, k, v, query, state, p.arguments, workspace)
+        answer = downloaded(found)
+        held = CacheArrays(**{
+            f.name: (
+                tuple(Gpu().get(a) for a in value)
+                if isinstance(value := getattr(cache, f.name), tuple)
+                else Gpu().get(value) if hasattr(value, "get") else value
+            )
+            for f in fields(cache)
+        })  # fmt: skip
+        wanted = reference.decode(p.spec, held, p.query, before, p.arguments)
+        assert np.abs(answer.output - wanted.output).max() <= (answer.bound + wanted.bound).max()
+        assert answer.state.step[0] == before.step[0] + 1
+        assert np.isfinite(answer.bound).all()
+        before = answer.state
+    expected, _ = grown(p, 150)
+    for field in fields(CacheArrays):
+        wanted, got = getattr(expected, field.name), getattr(cache, field.name)
+        if isinstance(wanted, tuple):
+            for a, b in zip(wanted, got, strict=True):
+                np.testing.assert_array_equal(Gpu().get(b), Gpu().get(a), field.name)
+        elif hasattr(wanted, "get"):
+            np.testing.assert_array_equal(Gpu().get(got), Gpu().get(wanted), field.name)
+    for base in arrays:
+        edges = Gpu().get(base)
+        assert (edges[:GUARD] == PATTERN).all()
+        assert (edges[-GUARD:] == PATTERN).all()
+
+
+@gpu
+def test_a_graph_replays_steps() -> None:
+    import cupy
+
+    p = make(STEP_RECIPE)
+    answers = []
+    for captured in (False, True):
+        cache, rows = grown(p, 140)
+        config, workspace = a_workspace(p.spec, cache, Gpu().zeros)
+        query = Gpu().put(p.query)
+        state = launch.probe(p.spec, cache, query, p.arguments, start_theta=p.start_theta)
+        k, v = (Gpu().put(np.ascontiguousarray(x[:, :, 140:141])) for x in rows)
+        given = (p.spec, config, cache, k, v, query, state, p.arguments, workspace)
+        launch.step(*given)
+        stream = cupy.cuda.Stream(non_blocking=True)
+        cupy.cuda.runtime.deviceSynchronize()
+        if captured:
+            with stream:
+                stream.begin_capture()
+                launch.step(*given, stream=stream.ptr)
+                graph = stream.end_capture()
+        for t in range(141, 145):
+            k[...], v[...] = (Gpu().put(np.ascontiguousarray(x[:, :, t : t + 1])) for x in rows)
+            cupy.cuda.runtime.deviceSynchronize()
+            if captured:
+                graph.launch(stream)
+            else:
+                launch.step(*given, stream=stream.ptr)
+            stream.synchronize()
+        answers.append({name: Gpu().get(array) for name, array in workspace.outputs.items()})
+        assert Gpu().get(cache.lengths).tolist() == [145] * len(p.keys)
+    for name, array in answers[0].items():
+        np.testing.assert_array_equal(array, answers[1][name], name)
+
+
+@gpu
+def test_a_full_cache_answers_that_it_cannot() -> None:
+    """The device alone knows the lengths: no row is written past the end, no number is given."""
+    p = make(STEP_RECIPE)
+    cache, rows = grown(p, 150)
+    cache.lengths[0] = 152
+    config, workspace = a_workspace(p.spec, cache, Gpu().zeros)
+    query = Gpu().put(p.query)
+    state = launch.probe(p.spec, cache, query, p.arguments, start_theta=p.start_theta)
+    k, v = (Gpu().put(np.ascontiguousarray(x[:, :, :1])) for x in rows)
+    found = downloaded(
+        launch.step(p.spec, config, cache, k, v, query, state, p.arguments, workspace)
+    )
+    assert np.isnan(found.output[0]).all()
+    assert not np.isfinite(found.bound[0]).any()
+    assert found.missed[0].all()
+    assert np.isfinite(found.output[1:]).all()
+    assert np.isfinite(found.bound[1:]).all()
+
+
+# ---- wrong arguments ----------------------------------------------------------------------------
+
+
+def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is launched, so that no GPU is needed."""
+    emulate_places(monkeypatch)
+    host = Emulated()
+    p = make(STEP_RECIPE)
+
+    def put(part: Any) -> Any:
+        return type(part)(**{
+            f.name: (
+                tuple(map(host.put, value))
+                if isinstance(value := getattr(part, f.name), tuple)
+                else host.put(value) if isinstance(value, np.ndarray) else value
+            )
+            for f in fields(part)
+        })  # fmt: skip
+
+    cache, query = put(p.cache), host.put(p.query)
+    heads = p.query.shape[:2]
+    hints = {name: np.zeros(heads, np.float32) for name in ("log_z", "spread", "theta")}
+    state = put(HeadState(**hints, step=np.zeros(1, np.uint32)))
+    config = DecodeConfig()
+    workspace = allocate_workspace(
+        p.spec, config, replace(SM90, sm_count=1), cache, zeros=host.zeros
+    )
+    batch, kv_heads = p.keys.shape[:2]
+    row = host.zeros((batch, kv_heads, 1, p.spec.head_dim), "float32")
+    two = host.zeros((batch, kv_heads, 2, p.spec.head_dim), "float32")
+
+    def step(**changes: Any) -> None:
+        given = {
+            "spec": p.spec, "config": config, "cache": cache, "keys": row, "values": row,
+            "query": query, "state": state, "arguments": p.arguments, "workspace": workspace,
+            **changes,
+        }  # fmt: skip
+        launch.step(**given)
+
+    with pytest.raises(LaunchError, match="a step appends one token, not 2"):
+        step(keys=two, values=two)
+    with pytest.raises(LaunchError, match=r"sinks given, but DecodeSpec\.sinks=False"):
+        step(sinks=host.zeros((heads[1],), "float32"))
+    with pytest.raises(LaunchError, match=r"softcap 30\.0 given, but DecodeSpec\.softcap=False"):
+        step(arguments=replace(p.arguments, softcap=30.0))
+    with pytest.raises(LaunchError, match="query has shape"):
+        step(query=host.zeros((1, *heads[1:], p.spec.head_dim), "float32"))
+    with pytest.raises(LaunchError, match="query is float64: give float32"):
+        step(query=host.put(p.query.astype(np.float64)))
+    with pytest.raises(LaunchError, match="theta has shape"):
+        step(state=replace(state, theta=host.zeros((1, 1), "float32")))
+    with pytest.raises(LaunchError, match="values has shape"):
+        step(values=two)
