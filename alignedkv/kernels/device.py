@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -28,6 +28,7 @@ SHARED_WITHOUT_ASKING: Final = 48 << 10
 #: First compute capability with programmatic dependent launch.
 _OVERLAP_CAPABILITY: Final = (9, 0)
 _SUCCESS: Final = 0
+_MEMORY_CLOCK_RATE: Final = 36  # cudaDevAttr...
 _PROGRAMMATIC_STREAM_SERIALIZATION: Final = 6  # CU_LAUNCH_ATTRIBUTE_...
 
 
@@ -55,7 +56,7 @@ class _LaunchConfig(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Place:
     """A GPU, a stream on it, and the kernels that serve a spec there.
 
@@ -66,6 +67,8 @@ class Place:
     target : DeviceTarget
     device : int
     stream : cupy.cuda.Stream or ExternalStream
+    functions : dict
+        Kernels that have been launched, by file, name and dynamic shared memory.
     """
 
     spec: DecodeSpec
@@ -73,6 +76,7 @@ class Place:
     target: DeviceTarget
     device: int
     stream: Any
+    functions: dict[tuple[str, str, int], Any] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -90,17 +94,10 @@ class Place:
         import cupy
 
         device = DeviceArray.of("the cache", array).device
-        target = device_target(device)
-        if config is None:
-            config = _default_config(spec, target)
-        else:
-            _check_legal(spec, config, target)
-        if stream is not None:
-            on = _external_stream(stream)
-        else:
+        if stream is None:
             with cupy.cuda.Device(device):
-                on = cupy.cuda.get_current_stream()
-        return cls(spec=spec, config=config, target=target, device=device, stream=on)
+                stream = cupy.cuda.get_current_stream().ptr
+        return _place(spec, config, device, stream)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         """Zeroed CuPy array; bfloat16 as uint16 bit patterns."""
@@ -166,9 +163,7 @@ class Place:
         import cupy
 
         with cupy.cuda.Device(self.device):
-            function, _ = _function(
-                self.spec, self.config, file, kernel, self.target.arch, self.device, shared_bytes
-            )
+            function = self._function(file, kernel, shared_bytes)
             overlaps = overlapping and self.target.compute_capability >= _OVERLAP_CAPABILITY
             attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
             setup = _LaunchConfig(
@@ -189,47 +184,39 @@ class Place:
                 f"driver says {_error_name(status)}. Spec: {self.spec}; config: {self.config}"
             )
 
+    def _function(self, file: str, kernel: str, shared_bytes: int) -> Any:
+        """A kernel that may use ``shared_bytes`` on this GPU, the current one."""
+        known = self.functions.get((file, kernel, shared_bytes))
+        if known is None:
+            module = compiling.load(self.spec, self.config, file, self.target.arch, self.device)
+            known = module.get_function(kernel)
+            if shared_bytes > SHARED_WITHOUT_ASKING:
+                known.max_dynamic_shared_size_bytes = shared_bytes
+            self.functions[file, kernel, shared_bytes] = known
+        return known.kernel.ptr
+
+
+@functools.lru_cache(maxsize=1024)
+def _place(spec: DecodeSpec, config: DecodeConfig | None, device: int, stream: int) -> Place:
+    import cupy
+
+    target = device_target(device)
+    if config is None:
+        config = default_config(spec, target)
+    check_legal(spec, config, target)
+    on = cupy.cuda.ExternalStream(stream) if stream else cupy.cuda.Stream.null
+    return Place(spec=spec, config=config, target=target, device=device, stream=on)
+
 
 @functools.cache
 def device_target(device: int) -> DeviceTarget:
     """Facts of a GPU of this machine."""
     from cupy.cuda import runtime
 
-    return DeviceTarget.from_properties(runtime.getDeviceProperties(device))
-
-
-@functools.cache
-def _default_config(spec: DecodeSpec, target: DeviceTarget) -> DecodeConfig:
-    return default_config(spec, target)
-
-
-@functools.cache
-def _check_legal(spec: DecodeSpec, config: DecodeConfig, target: DeviceTarget) -> None:
-    check_legal(spec, config, target)
-
-
-@functools.cache
-def _external_stream(handle: int) -> Any:
-    import cupy
-
-    return cupy.cuda.ExternalStream(handle)
-
-
-@functools.cache
-def _function(
-    spec: DecodeSpec,
-    config: DecodeConfig,
-    file: str,
-    kernel: str,
-    arch: str,
-    device: int,
-    shared_bytes: int,
-) -> tuple[int, Any]:
-    """Handle and owner of a kernel that may use ``shared_bytes`` on the current device."""
-    raw = compiling.load(spec, config, file, arch, device).get_function(kernel)
-    if shared_bytes > SHARED_WITHOUT_ASKING:
-        raw.max_dynamic_shared_size_bytes = shared_bytes
-    return int(raw.kernel.ptr), raw
+    properties = dict(runtime.getDeviceProperties(device))
+    # CUDA 13 took the clock out of the properties.
+    clock = runtime.deviceGetAttribute(_MEMORY_CLOCK_RATE, device)
+    return DeviceTarget.from_properties({"memoryClockRate": clock, **properties})
 
 
 @functools.cache
