@@ -7,6 +7,7 @@ and the columns of tuning tables.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -105,6 +106,7 @@ def configurations(
             yield config
 
 
+@functools.cache
 def default_config(spec: DecodeSpec, target: DeviceTarget) -> DecodeConfig:
     """The configuration that runs untuned: the defaults, with fewer blocks or warps if need be.
 
@@ -165,7 +167,8 @@ def splits_per_head(
 def restrictions(spec: DecodeSpec, config: DecodeConfig, target: DeviceTarget) -> list[str]:
     """Why ``config`` cannot serve ``spec`` on ``target``; empty if it can.
 
-    Every reason is also a ``static_assert`` of the kernels, in the same words.
+    Known before anything is compiled; the sizes that it counts on are asserted by the kernels
+    (footprint.py).
     """
     reasons = [
         f"{name} {getattr(config, name)!r}: allowed are {', '.join(map(str, choices))}"

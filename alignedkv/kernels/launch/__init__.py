@@ -6,6 +6,14 @@ the device for the lengths, so that a full cache is an error and no lost token.
 """
 
 from alignedkv.kernels.launch.rows import dequantise, encode, fit_transforms
-from alignedkv.kernels.launch.steps import decode, probe, step
+from alignedkv.kernels.launch.steps import configuration, decode, probe, step
 
-__all__ = ["decode", "dequantise", "encode", "fit_transforms", "probe", "step"]
+__all__ = [
+    "configuration",
+    "decode",
+    "dequantise",
+    "encode",
+    "fit_transforms",
+    "probe",
+    "step",
+]

@@ -12,9 +12,11 @@ from alignedkv.errors import LaunchError
 from alignedkv.kernels.arguments import Sizes, as_mapping, cache_values, new_rows, pack
 from alignedkv.kernels.arrays import Array, CacheArrays, DecodeResult, HeadState, StepArguments
 from alignedkv.kernels.config import WARP, DecodeConfig
-from alignedkv.kernels.device import Place
+from alignedkv.kernels.device import Place, device_target
+from alignedkv.kernels.device_array import DeviceArray
 from alignedkv.kernels.footprint import shared_bytes
 from alignedkv.kernels.spec import DecodeSpec
+from alignedkv.kernels.tune.wisdom import find
 from alignedkv.kernels.workspace import Workspace, allocate_workspace
 
 #: Warps of a block of prepare.cu; ``kPrepareWarps`` there.
@@ -27,6 +29,13 @@ _NO_ROWS = {
     "value_strides": (0, 0, 0),
     "tokens": 0,
 }
+
+
+def configuration(spec: DecodeSpec, cache: CacheArrays) -> DecodeConfig:
+    """The fastest configuration known for such a cache on its GPU; the default if untuned."""
+    target = device_target(DeviceArray.of("scales", cache.scales).device)
+    names = Sizes.of(spec, cache).names
+    return find(spec, target, tokens=names["T"], heads=names["B"] * names["Hkv"]).config
 
 
 def decode(
@@ -55,6 +64,7 @@ def decode(
     sinks : float32 array [H], optional
         Logits, where the spec has sinks.
     config : DecodeConfig, optional
+        `configuration` if not given.
     workspace : Workspace, optional
         Allocated if not given.
     stream : int, optional
@@ -70,7 +80,7 @@ def decode(
     LaunchError
         If an array is not what the spec and the cache take.
     """
-    place = Place.of(spec, cache.scales, config, stream)
+    place = Place.of(spec, cache.scales, config or configuration(spec, cache), stream)
     if workspace is None:
         workspace = allocate_workspace(spec, place.config, place.target, cache, zeros=place.zeros)
     following = HeadState(**{name: place.copy(hint) for name, hint in as_mapping(state).items()})
@@ -101,7 +111,7 @@ def probe(
     state : HeadState, optional
         Where to write; CuPy arrays are made if not given.
     """
-    place = Place.of(spec, cache.scales, config, stream)
+    place = Place.of(spec, cache.scales, config or configuration(spec, cache), stream)
     if workspace is None:
         workspace = allocate_workspace(spec, place.config, place.target, cache, zeros=place.zeros)
     if state is None:
