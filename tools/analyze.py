@@ -12,7 +12,6 @@ results; and sets beside it what other ways to keep a cache do to the same input
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -27,7 +26,7 @@ from alignedkv.analysis.tables import Findings, TokenTable, collect, summarize_t
 from alignedkv.errors import AlignedKVError, SpecError
 from alignedkv.policy import BoundKind
 from analyze_options import Request, read_request
-from analyze_output import print_tables, staged_folder, with_progress
+from analyze_output import interrupts_held, print_tables, staged_folder, with_progress
 
 #: Seconds to wait for a Dask scheduler.
 _CONNECT_TIMEOUT = 10
@@ -40,7 +39,9 @@ def analyze(request: Request, folder: Path) -> Findings:
         if isinstance(jobs, str):
             stack.enter_context(dask_cluster(jobs))
             jobs = -1
-        results = stack.enter_context(closing(sweep(request.tasks, request.settings, jobs=jobs)))
+        with interrupts_held():
+            results = sweep(request.tasks, request.settings, jobs=jobs)
+        stack.enter_context(closing(results))
         tokens = stack.enter_context(TokenTable(folder))
         findings = collect(with_progress(results, len(request.tasks)), tokens)
     findings.outputs.to_csv(folder / "outputs.csv", index=False)
@@ -95,7 +96,7 @@ def report_facts(request: Request, findings: Findings) -> ReportFacts:
         ("small value rows", "sampled" if policy.sample_values else "skipped"),
         ("rows kept exactly", f"first {policy.exact_first}, last {policy.exact_last}"),
         ("dither rows, seed", f"{policy.dither_rows}, {settings.seed}"),
-        ("command", shlex.join(["analyze.py", *(Path(s).name for s in request.sources)])),
+        ("command", request.command),
     ]
     return ReportFacts(title="What precision do these activations need?", inputs=facts)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +44,8 @@ class Request:
     tasks : list of (CaseReference, int)
     settings : SweepSettings
     sources : list of str
+    command : str
+        The line as it was given.
     jobs : int or str
         Processes as joblib counts them, or the address of a Dask scheduler.
     out : Path
@@ -53,6 +57,7 @@ class Request:
     tasks: list[Any]
     settings: SweepSettings
     sources: list[str]
+    command: str
     jobs: int | str
     out: Path
     json: bool
@@ -289,6 +294,7 @@ def read_request(argv: Sequence[str] | None) -> Request:
             seed=options.seed,
         ),
         sources=sources,
+        command=shlex.join(["analyze.py", *(sys.argv[1:] if argv is None else argv)]),
         jobs=options.jobs,
         out=options.out,
         json=options.json,

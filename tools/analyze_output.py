@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rich import box
 from rich.console import Console
@@ -72,19 +72,26 @@ def _nearest_folder(out: Path) -> Path:
     raise OutputError(f"--out {out}: there is no such place")
 
 
-def _publish(stage: Path, out: Path) -> None:
-    """Move all files, and do not stop in the middle: Ctrl-C waits until they are there."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.mkdir(exist_ok=True)
-    waiting: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *_: waiting.append(None))
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the block ends.
+
+    Processes that start inside never see it: a terminal sends it to all of them, and workers are to
+    end with this process, not each with a traceback of its own.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _publish(stage: Path, out: Path) -> None:
+    """Move all files, and do not stop in the middle."""
+    with interrupts_held():
+        out.mkdir(parents=True, exist_ok=True)
         for file in sorted(stage.iterdir()):
             file.replace(out / file.name)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if waiting:
-        raise KeyboardInterrupt
 
 
 def with_progress(results: Iterator[_Result], total: int) -> Iterator[_Result]:
@@ -106,7 +113,7 @@ def print_tables(findings: Findings) -> None:
     """Every tolerance layer by layer, and the schemes below."""
     table = Table(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
-    for name in ("K bits", "V bits", "read", "error\nmedian", "error\nlargest", "bound\nlargest"):
+    for name in ("K bits", "V bits", "read", "error\nmedian", "error\nmax", "bound\nmax"):
         table.add_column(name, justify="right")
     table.add_column("missed", justify="right")
     for total in summarize_tolerances(findings.requested):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -57,13 +58,15 @@ def error_against_bytes(findings: Findings) -> str:
             )
             for s in ours
         ]
+        # An error relative to an output of zero is infinite, and nowhere on the picture.
+        marked = [mark for mark in marked if math.isfinite(mark.largest)]
         for mark in marked:
             x, low = 100 * mark.share, _log2(mark.median)
             axes.plot([x, x], [low, _log2(mark.largest)], color=mark.tint, alpha=0.45, linewidth=1)
             axes.plot([x], [low], marker="o", markersize=4.5, color=mark.tint)
         axes.plot(
-            [100 * (s.read_fraction + s.scale_fraction) for s in ours],
-            [_log2(s.error_median) for s in ours],
+            [100 * mark.share for mark in marked if mark.tint == _OURS],
+            [_log2(mark.median) for mark in marked if mark.tint == _OURS],
             color=_OURS,
             linewidth=1.5,
         )
@@ -175,7 +178,8 @@ def tightness(findings: Findings) -> str:
         axes.set_xlabel("error as a share of the bound")
         axes.set_ylabel("outputs up to there, %")
         _log2_ticks(axes.xaxis)
-        axes.legend(loc="upper left")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="upper left")
         return to_svg(figure, "Error as a share of each bound, distribution over the outputs")
 
 
@@ -234,9 +238,9 @@ def _head_labels(index: pd.MultiIndex) -> tuple[list[float], list[str]]:
 def _context_ticks(axes: Axes, places: Sequence[int]) -> None:
     """First token of every other stretch, counted from the end that it belongs to."""
     ticks, labels = [], []
-    middle = max((place for place in places), default=0)
+    middle = max(abs(place) for place in places)
     for i, place in enumerate(places):
-        if abs(place) % 3 == 1 and abs(place) < middle - 1:
+        if abs(place) == 1 or (abs(place) % 3 == 1 and abs(place) < middle - 1):
             ticks.append(i + 0.5)
             # Stretch n holds the tokens at distances 2^(n-2) to 2^(n-1) - 1; the first, distance 0.
             distance = 0 if abs(place) == 1 else 2 ** (abs(place) - 2)

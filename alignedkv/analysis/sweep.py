@@ -9,6 +9,7 @@ its own rows, so that workers of a Dask cluster can serve it if they see the sam
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -181,7 +182,9 @@ def analyze_position(
     refused = []
     for scheme in settings.schemes:
         try:
-            result = scheme.apply(encoded.case, index)
+            # A format whose range is too small overflows; its error then says so.
+            with np.errstate(over="ignore", invalid="ignore"):
+                result = scheme.apply(encoded.case, index)
         except SpecError as error:
             refused.append((scheme.name, str(error)))
         else:
@@ -246,7 +249,8 @@ def _bounds_of_same_plan(
     if plan.decisions in (Decisions.SETTLED, Decisions.FIXED):
         possible.add(BoundKind.STATISTICAL)
     for kind in possible:
-        bounds[kind] = bound_of(reading, replace(settings.policy, bound=kind))
+        policy = replace(settings.policy, bound=kind, sample_values=False)
+        bounds[kind] = bound_of(reading, policy)
     return bounds
 
 
@@ -305,5 +309,5 @@ def _scheme_records(scores: PositionScores, result: SchemeResult) -> Iterator[Sc
             bits_v=result.value_bits,
             read_fraction=result.read_fraction,
             stored_fraction=result.bytes_stored / sixteen_bit_bytes,
-            error=float(error),
+            error=math.inf if math.isnan(error) else float(error),
         )
