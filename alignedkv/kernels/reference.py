@@ -198,11 +198,13 @@ def decode(
             missed[b, mine] = gone
             reads[b, h] = answer.reads
             following[:, b, mine] = answer.log_z, answer.spread, theta
-    log_z, spread, theta = following.astype(np.float32)
+    with np.errstate(over="ignore"):
+        log_z, spread, theta = following.astype(np.float32)
+        bounds, sizes = bounds.astype(np.float32), sizes.astype(np.float32)
     return DecodeResult(
         output=from_float64(output, spec.query_dtype),
-        bound=bounds.astype(np.float32),
-        size=sizes.astype(np.float32),
+        bound=bounds,
+        size=sizes,
         missed=missed,
         reads=reads,
         state=HeadState(log_z=log_z, spread=spread, theta=theta, step=state.step + np.uint32(1)),

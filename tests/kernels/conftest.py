@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
+from types import ModuleType
 
 import pytest
 
@@ -18,3 +20,9 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         pytest.skip("no g++ to compile kernels for the host")
     emulate_places(monkeypatch)
     return Emulated()
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def implementation(request: pytest.FixtureRequest) -> ModuleType:
+    """A module with the functions of `reference`, which take and return NumPy arrays."""
+    return importlib.import_module(f"alignedkv.kernels.{request.param}")

@@ -27,7 +27,7 @@ from alignedkv.kernels.cpu.tile import STATISTICAL, TILE, new_tile
 def decode_split(
     cache, step, head, b, h, start, length, begin, end, top, sums, classes, out, reads
 ):
-    """Add up tokens ``begin`` to ``end`` of a sequence that spans ``start`` to ``length``.
+    """Add up tokens ``begin`` to ``end`` of a sequence of tokens ``start`` to ``length``.
 
     Parameters
     ----------

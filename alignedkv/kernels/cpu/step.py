@@ -107,7 +107,7 @@ def decode_step(
                 scale(counts[place, i], 0)
                 whole = whole_cache(key_planes, value_planes, widths, stored)
                 decode_split(
-                    whole, step, head, b, h, start, length, begin, min(begin + piece, length),
+                    whole, step, head, b, h, starts[b], length, begin, min(begin + piece, length),
                     tops[place, i], sums[place, i], kinds[place, i], outs[place, i],
                     counts[place, i],
                 )  # fmt: skip
