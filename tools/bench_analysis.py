@@ -29,8 +29,10 @@ from alignedkv.analysis.plan import Shares
 from alignedkv.analysis.plan_search import SKIPPED_SHARES, THETA_GRID, search_plan
 from alignedkv.analysis.scores import PositionScores, score_position
 from alignedkv.planes import DigitPlanes, dither_class, dither_table, encode_rows, padded_channels
-from alignedkv.policy import PrecisionPolicy
+from alignedkv.policy import BoundKind, PrecisionPolicy
 from alignedkv.transform import fit_key_transform
+
+SHARES = SKIPPED_SHARES[BoundKind.ESTIMATE]
 
 
 def random_head(tokens: int, head_dim: int, group: int, seed: int) -> AttentionCase:
@@ -79,8 +81,8 @@ def analyse_in_numpy(case: AttentionCase, policy: PrecisionPolicy) -> tuple[floa
             holds = holds and bound <= tau[h]
         return holds, sum(plan.mean_bits)
 
-    cheapest, found = np.inf, (0, SKIPPED_SHARES[0])
-    for shares in SKIPPED_SHARES:
+    cheapest, found = np.inf, (0, SHARES[0])
+    for shares in SHARES:
         low, high = 0, len(THETA_GRID)
         while low < high:
             step = (low + high) // 2

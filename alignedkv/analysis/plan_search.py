@@ -35,8 +35,13 @@ from alignedkv.policy import BoundKind, PrecisionPolicy
 
 #: log2 of the multiples of tau among which theta is searched.
 THETA_GRID = np.arange(-24.0, 4.0, 1 / 32)
-#: Shares tried: thresholds of skipped rows, or of sampled ones.
-SKIPPED_SHARES = tuple(Shares(row=row) for row in (0.5, 0.2, 0.06, 0.02))
+#: Shares tried, per kind of bound and for sampled rows. Key addends are sized with R in place of
+#: |v - o|, and class sums of keys grow faster than those of values: value rows balance that.
+SKIPPED_SHARES = {
+    BoundKind.ESTIMATE: tuple(Shares(value=0.6, row=row) for row in (0.5, 0.2, 0.06, 0.02)),
+    BoundKind.STATISTICAL: tuple(Shares(value=4.0, row=row) for row in (1.0, 2.0, 4.0)),
+    BoundKind.DETERMINISTIC: tuple(Shares(value=1.0, row=row) for row in (1.0, 0.5)),
+}
 SAMPLED_SHARES = tuple(Shares(value=v, row=row) for v in (0.5, 1.0) for row in (0.25, 0.5, 1.0))
 #: The certificate uses what was read where the search used exact numbers; theta is lowered by this
 #: many steps at a time until the certificate agrees.
@@ -90,11 +95,16 @@ def search_plan(
     -------
     SearchResult
         Where no theta meets the tolerance, all stored planes: its certificate says ``missed``.
+
+    Notes
+    -----
+    Of a statistical bound the search tries some dozens of settled plans and keeps the best: the
+    failure probability is that of one plan times their number. A run-time step has one theta.
     """
     tau = np.maximum(policy.tolerance * scores.size, np.finfo(np.float64).tiny)
     alignment = align(scores, policy, theta=tau, decisions=decisions, groups=groups, hint=hint)
     if shares is None:
-        shares = SAMPLED_SHARES if policy.sample_values else SKIPPED_SHARES
+        shares = SAMPLED_SHARES if policy.sample_values else SKIPPED_SHARES[policy.bound]
     trial: _Trial
     if policy.bound is BoundKind.STATISTICAL:
         trial = _Certified(alignment=alignment, seed=seed)

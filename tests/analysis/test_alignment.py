@@ -53,25 +53,36 @@ def sample():
     return sample_cases()
 
 
-@pytest.mark.parametrize(
-    ("exponent", "margin"), [*((x, ORACLE_MARGIN) for x in ORACLE_BITS), (-7, 2.0)]
-)
-def test_bits_agree_with_the_oracle(sample, exponent, margin):
-    """Within 0.1 bit with the oracle's margin; the default margin reads less than the oracle."""
-    policy = PrecisionPolicy(tolerance=2.0**exponent, dither_rows=256, plan_margin=margin)
+#: And it weighs values about as keys.
+ORACLE_SHARES = tuple(Shares(value=1.0, row=row) for row in (0.5, 0.2, 0.06, 0.02))
+
+
+@pytest.mark.parametrize("as_oracle", [True, False])
+@pytest.mark.parametrize("exponent", ORACLE_BITS)
+def test_bits_agree_with_the_oracle(sample, exponent, as_oracle):
+    """Within 0.1 bit with the oracle's margin; with the defaults, no more than the oracle.
+
+    The oracle lowers its log-sum-exp by five standard deviations of every score, and less so once
+    keys are refined: it asks more of keys, which come first, than of values. The sharper one of
+    theory.md 6 treats both alike and reads 0.1 to 0.3 bit less, at the same bound.
+    """
+    margin = {"plan_margin": ORACLE_MARGIN} if as_oracle else {}
+    policy = PrecisionPolicy(tolerance=2.0**exponent, dither_rows=256, **margin)
+    shares = ORACLE_SHARES if as_oracle else None
     bits = []
     for case in sample:
         encoded = encode_case(case, policy)
         for index in (3, 15):
-            result = search_plan(score_position(encoded, index), policy)
+            result = search_plan(score_position(encoded, index), policy, shares=shares)
             assert not result.certificate.missed.any()
             assert result.certificate.holds.all()
             bits.append(result.plan.mean_bits)
     mean = np.mean(bits)
     oracle = np.mean(ORACLE_BITS[exponent])
-    assert mean <= oracle + 0.1
-    if margin == ORACLE_MARGIN:
-        assert mean >= oracle - 0.1
+    if as_oracle:
+        assert abs(mean - oracle) <= 0.1
+    else:
+        assert oracle - 0.4 <= mean <= oracle
 
 
 @pytest.mark.parametrize("bound", BoundKind)
