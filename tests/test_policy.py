@@ -1,0 +1,132 @@
+"""Thresholds and plane counts: what follows from a policy, and what is refused."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alignedkv.errors import SpecError
+from alignedkv.planes import PlaneLayout
+from alignedkv.policy import (
+    THETA_RANGE,
+    BoundKind,
+    PrecisionPolicy,
+    feedback_theta,
+    model_policy,
+    output_policy,
+    planes_for,
+)
+from strategies import layouts
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "allowed"),
+    [
+        ("tolerance", 0.0, r"\(0, 1\)"),
+        ("tolerance", 1.0, r"\(0, 1\)"),
+        ("failure", 0.0, "probability"),
+        ("bound", "certain", "deterministic"),
+        ("dither_rows", 48, "power of two"),
+        ("skip_share", -0.1, "at least 0"),
+        ("plan_margin", -1.0, "at least 0"),
+        ("exact_first", -1, "at least 0"),
+        ("exact_last", -1, "at least 0"),
+        ("stored_planes", 0, "1 to 4"),
+        ("stored_planes", 5, "1 to 4"),
+        ("key_layout", "4|4", "sum to 16"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(
+    name: str, given: object, allowed: str
+) -> None:
+    with pytest.raises(SpecError, match=allowed):
+        PrecisionPolicy(**{name: given})
+
+
+def test_sampling_has_no_deterministic_bound() -> None:
+    with pytest.raises(SpecError, match="sample_values"):
+        PrecisionPolicy(bound="deterministic", sample_values=True)
+
+
+def test_names_become_values() -> None:
+    policy = PrecisionPolicy(bound="statistical", key_layout="4|4|8", stored_planes=3)
+    assert policy.bound is BoundKind.STATISTICAL
+    assert policy.key_layout == PlaneLayout((4, 4, 8))
+    assert policy.planes_stored(policy.key_layout) == 3
+    assert PrecisionPolicy().planes_stored(policy.key_layout) == 3
+
+
+def test_the_two_ready_policies() -> None:
+    assert output_policy().tolerance == 2.0**-7
+    assert model_policy(failure=1e-6).tolerance == 2.0**-5
+    assert model_policy(failure=1e-6).failure == 1e-6
+
+
+@pytest.mark.parametrize(
+    ("bound", "head_dim", "tokens", "wanted"),
+    [  # theory.md 5.4: 7.3; 7.9 at T = 4096 and 8.3 at T = 131072
+        ("estimate", 128, 4096, 7.3),
+        ("statistical", 128, 4096, 7.9),
+        ("statistical", 128, 131072, 8.3),
+        ("deterministic", 128, 4096, 0.0),
+    ],
+)
+def test_deviations_are_those_of_the_theory(
+    bound: str, head_dim: int, tokens: int, wanted: float
+) -> None:
+    z = PrecisionPolicy(bound=bound).deviations(head_dim, tokens)
+    assert z == pytest.approx(wanted, abs=0.06)
+
+
+@given(st.floats(1e-12, 0.5), st.integers(1, 256), st.integers(1, 1 << 20))
+def test_deviations_meet_the_failure_probability(
+    failure: float, head_dim: int, tokens: int
+) -> None:
+    policy = PrecisionPolicy(bound="statistical", failure=failure)
+    z = policy.deviations(head_dim, tokens)
+    events = 6 * head_dim + 2 * 4 * tokens + 1
+    assert events * math.exp(-z * z / 2) == pytest.approx(failure)
+
+
+@given(layouts(), st.data())
+def test_planes_bring_an_addend_down_to_theta(layout: PlaneLayout, data: st.DataObject) -> None:
+    """(6.2): n planes leave c 2^-gain(n); the fewest that leave no more than theta."""
+    stored = data.draw(st.integers(1, len(layout)))
+    excess = data.draw(st.floats(-50, 50))
+    n = int(planes_for(np.array(excess), layout, stored))
+    enough = [m for m in range(1, stored + 1) if excess <= layout.gain(m)]
+    assert n == (enough[0] if enough else stored)
+
+
+def test_planes_of_infinite_and_absent_excess() -> None:
+    layout = PlaneLayout((4, 4, 4, 4))
+    assert planes_for(np.array([np.inf, -np.inf, np.nan]), layout, 4).tolist() == [4, 1, 1]
+
+
+@given(st.floats(1e-6, 1e6), st.floats(1e-9, 1e9), st.floats(1e-6, 1e3))
+def test_feedback_moves_towards_the_tolerance_and_stays_in_range(
+    theta: float, bound: float, tau: float
+) -> None:
+    following = float(feedback_theta(np.array(theta), np.array(bound), np.array(tau)))
+    lowest, highest = (ratio * tau for ratio in THETA_RANGE)
+    assert lowest <= following <= highest
+    if lowest < following < highest:
+        assert 0.25 * (1 - 1e-12) <= following / theta <= 4 * (1 + 1e-12)
+        if bound > tau:
+            assert following < theta
+        if bound < tau / 2:
+            assert following > theta
+
+
+def test_feedback_of_a_bound_that_was_met_exactly_keeps_its_margin() -> None:
+    found = feedback_theta(np.array(0.01), np.array(1.0), np.array(1.0))
+    assert found == pytest.approx(0.01 * 2.0**-0.6)
+
+
+@pytest.mark.parametrize("bound", list(BoundKind))
+def test_theta_starts_lower_for_longer_contexts(bound: BoundKind) -> None:
+    starts = [PrecisionPolicy(bound=bound).start_theta(t) for t in (128, 4096, 131072)]
+    assert starts == sorted(starts, reverse=True)
+    assert starts[0] > starts[-1] > 0
