@@ -86,13 +86,17 @@ class Alignment:
         scores, groups, values = self.scores, self.groups, self.scores.values
         level = np.maximum(key_planes, 1).astype(np.int64) - 1
         weight = np.take_along_axis(self.value_weights, level[None], axis=0)[0] - log2_multiple
-        per_error = value_error_factor(self.policy) / shares.value
-        planes = planes_for(
-            weight + np.log2(values.half_step(1) * per_error), values.layout, values.stored
-        )
+        # After one plane a row errs by at most g/2; its largest number is half_range g.
+        per_scale = math.log2(value_error_factor(self.policy) / (2 * shares.value))
+        excess = weight + (values.log2_scale + per_scale)
+        planes = planes_for(excess, values.layout, values.stored)
         if self.decisions is Decisions.FIRST_PLANE:
             weight = self.value_weights[0] - log2_multiple
-        size = weight + np.log2(values.magnitude / shares.row)
+        if shares.row:
+            per_row = math.log2(values.layout.half_range / shares.row)
+            size = weight + (values.log2_scale + per_row)
+        else:
+            size = np.full_like(weight, np.inf)  # nothing is too small, whatever theta
         if self.policy.sample_values:
             # A row that deserves a second plane is too large to be left to chance.
             drawn = np.clip(np.exp2(np.minimum(size, 0)), SMALLEST_PROBABILITY, 1.0)

@@ -62,6 +62,11 @@ class StoredRows:
         return bf16_to_float32(self.scale_bits).astype(np.float64)
 
     @cached_property
+    def log2_scale(self) -> NDArray[np.float64]:
+        """log2 g [T]."""
+        return np.log2(self.scale)
+
+    @cached_property
     def unit(self) -> NDArray[np.float64]:
         """f, the step of a word's last bit [T]."""
         unit: NDArray[np.float64] = np.ldexp(self.scale, -self.layout.scale_shift)

@@ -333,6 +333,22 @@ def test_scores_are_those_of_the_prefixes(layout):
             assert np.allclose(scores.planes[n], expected, rtol=1e-12, atol=1e-12)
 
 
+def test_nothing_is_skipped_at_share_zero():
+    policy = PrecisionPolicy(skip_share=0.0)
+    scores = scored(make_case(tokens=100, sharpness=5), policy)
+    plan = align(scores, policy, theta=scores.size).plan()
+    assert (plan.value_planes >= 1).all()
+
+
+def test_infinite_theta_reads_first_key_planes_alone():
+    """The probe of a first step: it wants log Z and the spread from first planes alone."""
+    policy = PrecisionPolicy(skip_share=0.0)
+    scores = scored(make_case(tokens=100), policy)
+    plan = align(scores, policy, theta=np.full(2, np.inf)).plan()
+    assert (plan.key_planes == 1).all()
+    assert (plan.value_planes == 1).all()
+
+
 def test_groups_and_samples_contradict():
     policy = PrecisionPolicy(sample_values=True)
     scores = scored(make_case(), policy)
