@@ -1,10 +1,11 @@
-"""What is tuned, what came out of one configuration, and a recorded sweep of all of them."""
+"""What is tuned, what came out of one configuration, and a recorded sweep of many."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -18,16 +19,20 @@ from alignedkv.policy import BoundKind
 
 #: Version of the sweep file; files of another version are refused, not guessed at.
 SWEEP_VERSION = 1
+#: Digits behind the point of a time in us that a file keeps: finer than any clock of a GPU.
+TIME_DIGITS = 3
 
 
 class Status(StrEnum):
     """How a trial ended; only OK ones can win."""
 
     OK = "ok"
-    #: The output missed its own bound of the reference, or a bound was too small: data, no winner.
+    #: Output outside its own bound of the exact one, bound too small, or NaN: data, no winner.
     WRONG_ANSWER = "wrong answer"
     COMPILE_FAILED = "compile failed"
     LAUNCH_FAILED = "launch failed"
+    #: Nothing came back in time; whoever measured was stopped.
+    TIMED_OUT = "timed out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +45,10 @@ class Problem:
     batch, kv_heads, tokens : int
     tolerance : float
     data : str
-        Kind of scores: the bytes that a step reads depend on them.
+        Kind of scores ("flat", "mixed", "peaky", or "captured" and a name): the bytes that a step
+        reads depend on them.
+    seed : int
+        Of the data.
     """
 
     spec: DecodeSpec
@@ -49,6 +57,12 @@ class Problem:
     tokens: int
     tolerance: float
     data: str
+    seed: int = 0
+
+    @property
+    def heads(self) -> int:
+        """KV heads of the batch."""
+        return self.batch * self.kv_heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,15 +77,20 @@ class Trial:
         Time per step of every repeat; empty unless the status is OK.
     reason : str
         What went wrong, for a status other than OK.
-    facts : dict
-        What was measured beside the time: read_fraction, bound_max, error_max, registers, clocks.
+    facts : mapping
+        JSON values measured beside the time: bound, error, read_fraction, registers, clocks ...
+
+    Raises
+    ------
+    TuningError
+        If a time of an OK trial is not positive and finite, or there is none.
     """
 
     config: DecodeConfig
     status: Status
     times_us: tuple[float, ...] = ()
     reason: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.status is Status.OK and not (
@@ -82,21 +101,15 @@ class Trial:
     @property
     def median_us(self) -> float:
         """Median time, infinite unless the status is OK: such a trial never wins."""
-        ordered = sorted(self.times_us)
-        if not ordered:
-            return math.inf
-        middle = len(ordered) // 2
-        return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+        return statistics.median(self.times_us) if self.times_us else math.inf
 
     @property
     def spread_us(self) -> float:
-        """Distance between the 10th and the 90th percentile of the times."""
-        ordered = sorted(self.times_us)
-        return (
-            ordered[int(0.9 * (len(ordered) - 1))] - ordered[int(0.1 * (len(ordered) - 1))]
-            if ordered
-            else 0.0
-        )
+        """Distance between the 10th and the 90th percentile of the times, 0 without a repeat."""
+        if len(self.times_us) < 2:
+            return 0.0
+        deciles = statistics.quantiles(self.times_us, n=10, method="inclusive")
+        return deciles[-1] - deciles[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,11 +121,13 @@ class Sweep:
     problem : Problem
     card, arch : str
     source : str
-        Digest of the kernels' source (`compile.source_digest`).
-    versions : dict
+        Digest of the kernels' source (`codegen.source_digest`).
+    versions : mapping
         Of driver, compiler and libraries.
     command : str
         What made the file.
+    default : DecodeConfig
+        What runs untuned.
     trials : tuple of Trial
     """
 
@@ -120,29 +135,48 @@ class Sweep:
     card: str
     arch: str
     source: str
-    versions: dict[str, str]
+    versions: Mapping[str, str]
     command: str
+    default: DecodeConfig
     trials: tuple[Trial, ...]
 
     def ranked(self) -> list[Trial]:
         """Trials that may win, fastest first."""
         return sorted((t for t in self.trials if t.status is Status.OK), key=lambda t: t.median_us)
 
+    def trial_of(self, config: DecodeConfig) -> Trial | None:
+        """The trial of a configuration, None if it was not tried."""
+        return next((trial for trial in self.trials if trial.config == config), None)
+
+    @property
+    def gain(self) -> float | None:
+        """Time of the default over that of the fastest; None where either has none."""
+        best, default = fastest(self.trials), self.trial_of(self.default)
+        if best is None or default is None or default.status is not Status.OK:
+            return None
+        return default.median_us / best.median_us
+
     def save(self, path: Path) -> None:
-        """Write the sweep as JSON; the file appears whole or not at all."""
-        content = {
+        """Write the sweep as JSON, a trial a line; the file appears whole or not at all.
+
+        Raises
+        ------
+        TuningError
+            If the place cannot be written.
+        """
+        head = {
             "version": SWEEP_VERSION,
-            "problem": _problem_facts(self.problem),
+            "problem": problem_facts(self.problem),
             "card": self.card,
             "arch": self.arch,
             "source": self.source,
-            "versions": self.versions,
+            "versions": dict(self.versions),
             "command": self.command,
-            "trials": [asdict(trial) for trial in self.trials],
+            "default": asdict(self.default),
         }
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(path)
+        lines = ",\n".join(json.dumps(trial_facts(trial)) for trial in self.trials)
+        text = json.dumps(head, indent=1)[:-2] + f',\n "trials": [\n{lines}\n]\n}}\n'
+        write_whole(path, text)
 
     @classmethod
     def load(cls, path: Path) -> Sweep:
@@ -160,18 +194,40 @@ class Sweep:
                     f"{path} has version {content['version']}, this reads {SWEEP_VERSION}: "
                     "record it again"
                 )
+            names = ("card", "arch", "source", "versions", "command")
             return cls(
-                problem=_problem(content["problem"]),
+                problem=problem_from(content["problem"]),
+                default=config_from(content["default"]),
                 trials=tuple(trial_from(facts) for facts in content["trials"]),
-                **{
-                    name: content[name]
-                    for name in ("card", "arch", "source", "versions", "command")
-                },
+                **{name: content[name] for name in names},
             )
         except OSError as error:
             raise TuningError(f"{path}: {error.strerror}; give a sweep file") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TuningError(f"{path} is no sweep file ({error!r}): record it again") from error
+
+
+def fastest(trials: Iterable[Trial]) -> Trial | None:
+    """The fastest trial with a right answer, None if there is none."""
+    right = (trial for trial in trials if trial.status is Status.OK)
+    return min(right, key=lambda trial: trial.median_us, default=None)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or what was there before.
+
+    Raises
+    ------
+    TuningError
+        If the place cannot be written.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as error:
+        raise TuningError(f"{path} cannot be written: {error.strerror}; give another") from error
 
 
 def spec_facts(spec: DecodeSpec) -> dict[str, Any]:
@@ -179,27 +235,39 @@ def spec_facts(spec: DecodeSpec) -> dict[str, Any]:
     return asdict(spec) | {"layout": str(spec.layout), "bound": str(spec.bound)}
 
 
-def spec_from(facts: dict[str, Any]) -> DecodeSpec:
+def spec_from(facts: Mapping[str, Any]) -> DecodeSpec:
     """Undo `spec_facts`."""
     parsed = {"layout": PlaneLayout.parse(facts["layout"]), "bound": BoundKind(facts["bound"])}
-    return DecodeSpec(**(facts | parsed))
+    return DecodeSpec(**(dict(facts) | parsed))
 
 
-def config_from(facts: dict[str, Any]) -> DecodeConfig:
-    """A config from JSON values.
+def config_from(facts: Mapping[str, Any]) -> DecodeConfig:
+    """A config from JSON values; a tunable that was unknown then has its default.
 
     Raises
     ------
     TuningError
-        If it has other tunables than today's kernels.
+        If it has a tunable that is unknown now.
     """
-    if set(facts) != set(CHOICES):
-        raise TuningError(f"tunables {sorted(facts)}: today's kernels have {sorted(CHOICES)}")
+    if unknown := sorted(set(facts) - set(CHOICES)):
+        raise TuningError(f"tunables {unknown}: today's kernels have {sorted(CHOICES)}")
     return DecodeConfig(**facts)
 
 
-def trial_from(facts: dict[str, Any]) -> Trial:
-    """A trial from JSON values, as ``dataclasses.asdict`` gives them."""
+def trial_facts(trial: Trial) -> dict[str, Any]:
+    """A trial as JSON values; `trial_from` undoes it up to the last digits of the times."""
+    times = [round(t, TIME_DIGITS) or t for t in trial.times_us]
+    return {
+        "config": asdict(trial.config),
+        "status": str(trial.status),
+        "times_us": times,
+        "reason": trial.reason,
+        "facts": dict(trial.facts),
+    }
+
+
+def trial_from(facts: Mapping[str, Any]) -> Trial:
+    """Undo `trial_facts`."""
     return Trial(
         config=config_from(facts["config"]),
         status=Status(facts["status"]),
@@ -209,79 +277,11 @@ def trial_from(facts: dict[str, Any]) -> Trial:
     )
 
 
-def to_t4(sweep: Sweep) -> dict[str, Any]:
-    """The sweep in the T4 results format of the auto-tuning community, as JSON values."""
-    invalid = {
-        Status.WRONG_ANSWER: "correctness",
-        Status.COMPILE_FAILED: "compile",
-        Status.LAUNCH_FAILED: "runtime",
-        Status.OK: "correct",
-    }
-    return {
-        "schema_version": "1.0.0",
-        "metadata": {"hardware": {"gpu": sweep.card}, "problem": _problem_facts(sweep.problem)},
-        "results": [
-            {
-                "configuration": asdict(trial.config),
-                "invalidity": invalid[trial.status],
-                "times": {"runtimes": [t * 1e-3 for t in trial.times_us]},
-                "measurements": [{"name": "time", "value": trial.median_us * 1e-3, "unit": "ms"}]
-                if trial.status is Status.OK
-                else [],
-                "objectives": ["time"],
-            }
-            for trial in sweep.trials
-        ],
-    }
-
-
-def from_t4(
-    content: dict[str, Any], *, problem: Problem, arch: str, source: str, command: str
-) -> Sweep:
-    """Trials of a T4 file; what T4 does not say is given.
-
-    Raises
-    ------
-    TuningError
-        If the file lacks what a trial needs.
-    """
-    status = {
-        "correctness": Status.WRONG_ANSWER,
-        "compile": Status.COMPILE_FAILED,
-        "correct": Status.OK,
-    }
-    try:
-        trials = tuple(
-            Trial(
-                config=config_from(result["configuration"]),
-                status=status.get(result["invalidity"], Status.LAUNCH_FAILED),
-                times_us=tuple(t * 1e3 for t in result["times"]["runtimes"]),
-            )
-            for result in content["results"]
-        )
-        card = content["metadata"]["hardware"]["gpu"]
-    except (KeyError, TypeError) as error:
-        raise TuningError(f"no T4 results: {error!r} is missing or of another shape") from error
-    return Sweep(
-        problem=problem,
-        card=card,
-        arch=arch,
-        source=source,
-        versions={},
-        command=command,
-        trials=trials,
-    )
-
-
-def fastest(trials: Sequence[Trial]) -> Trial | None:
-    """The fastest trial with a right answer, None if there is none."""
-    right = [trial for trial in trials if trial.status is Status.OK]
-    return min(right, key=lambda trial: trial.median_us, default=None)
-
-
-def _problem_facts(problem: Problem) -> dict[str, Any]:
+def problem_facts(problem: Problem) -> dict[str, Any]:
+    """A problem as JSON values; `problem_from` undoes it."""
     return asdict(problem) | {"spec": spec_facts(problem.spec)}
 
 
-def _problem(facts: dict[str, Any]) -> Problem:
-    return Problem(**(facts | {"spec": spec_from(facts["spec"])}))
+def problem_from(facts: Mapping[str, Any]) -> Problem:
+    """Undo `problem_facts`."""
+    return Problem(**(dict(facts) | {"spec": spec_from(facts["spec"])}))

@@ -1,26 +1,37 @@
 """Winners, kept: one readable JSON file per GPU type, merged atomically, never trusted blindly.
 
-`find` is what `launch` and `runtime` ask; it touches no search library.  Our own sweeps are shipped
-beside this file, by architecture; the user's live in the cache folder, by GPU, and go first.
+`find` is what launches and the runtime ask; it touches no search library.  Our own sweeps are
+shipped beside this file, by architecture; the user's live in the cache folder, by GPU, and go
+first.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
 import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from alignedkv.errors import TuningError
+from alignedkv.kernels.codegen import source_digest
 from alignedkv.kernels.compile import cache_directory
 from alignedkv.kernels.config import DecodeConfig, default_config, restrictions
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
 from alignedkv.kernels.tune.locks import exclusive
-from alignedkv.kernels.tune.trials import config_from, spec_facts, spec_from
+from alignedkv.kernels.tune.trials import (
+    Sweep,
+    config_from,
+    spec_facts,
+    spec_from,
+    write_whole,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -37,11 +48,15 @@ class Winner:
     spec : DecodeSpec
     config : DecodeConfig
     tokens_bucket, heads_bucket : int
-        log2 of the tokens and of batch x KV heads, rounded (`bucket`).
+        `bucket` of the tokens and of batch x KV heads.
     source : str
         Digest of the kernels' source that was timed.
-    median_us, default_us : float
-        Of the winner and of the default configuration, in the same sweep.
+    median_us : float
+        Time of a step; over several kinds of data, the geometric mean.
+    default_us : float or None
+        Of the default configuration, likewise, if its answer was right.
+    card : str
+        GPU that it was timed on.
     data : str
         Kinds of scores tuned on.
     """
@@ -52,7 +67,8 @@ class Winner:
     heads_bucket: int
     source: str
     median_us: float
-    default_us: float
+    default_us: float | None
+    card: str
     data: str
 
     @property
@@ -61,9 +77,67 @@ class Winner:
         return (self.spec, self.tokens_bucket, self.heads_bucket)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """What to run, and why.
+
+    Attributes
+    ----------
+    config : DecodeConfig
+    reason : str
+        Where the configuration is from, in words; stale winners are counted there.
+    """
+
+    config: DecodeConfig
+    reason: str
+
+
 def bucket(count: int) -> int:
     """Bucket of a size: its log2, rounded."""
     return round(math.log2(max(count, 1)))
+
+
+def ranking(sweeps: Sequence[Sweep]) -> list[tuple[DecodeConfig, float]]:
+    """Configurations right in all sweeps, best first, with their mean time in us.
+
+    Notes
+    -----
+    The mean is geometric, over sweeps of the same sizes on different data: a configuration that is
+    10 % slower counts the same whether the data make steps long or short.
+    """
+    known = [{trial.config: trial.median_us for trial in sweep.ranked()} for sweep in sweeps]
+    common = [config for config in known[0] if all(config in times for times in known)]
+    means = [(c, statistics.geometric_mean(times[c] for times in known)) for c in common]
+    return sorted(means, key=lambda pair: pair[1])
+
+
+def winner_of(sweeps: Sequence[Sweep]) -> Winner:
+    """The winner of sweeps of the same sizes on different data.
+
+    Raises
+    ------
+    TuningError
+        If no configuration was right in all of them.
+    """
+    ranked = ranking(sweeps)
+    if not ranked:
+        raise TuningError(
+            "no configuration had a right answer on all data: there is nothing to keep"
+        )
+    config, mean_us = ranked[0]
+    first = sweeps[0]
+    default_us = dict(ranked).get(first.default)
+    return Winner(
+        spec=first.problem.spec,
+        config=config,
+        tokens_bucket=bucket(first.problem.tokens),
+        heads_bucket=bucket(first.problem.heads),
+        source=first.source,
+        median_us=round(mean_us, 3),
+        default_us=None if default_us is None else round(default_us, 3),
+        card=first.card,
+        data=", ".join(sweep.problem.data for sweep in sweeps),
+    )
 
 
 def wisdom_path(target: DeviceTarget) -> Path:
@@ -73,41 +147,68 @@ def wisdom_path(target: DeviceTarget) -> Path:
 
 
 def find(
-    spec: DecodeSpec, target: DeviceTarget, *, tokens: int, heads: int, source: str
-) -> tuple[DecodeConfig, str]:
-    """The configuration to run and why, in words.
+    spec: DecodeSpec,
+    target: DeviceTarget,
+    *,
+    tokens: int,
+    heads: int,
+    source: str | None = None,
+) -> Advice:
+    """The configuration to run, and why.
 
     Parameters
     ----------
     spec : DecodeSpec
     target : DeviceTarget
     tokens, heads : int
-        T, and batch x KV heads.
-    source : str
-        Digest of today's kernels; a winner of other kernels is stale.
+        T (the capacity of the cache), and batch x KV heads.
+    source : str, optional
+        Digest of the kernels that will run; default: of those here.
 
     Notes
     -----
     The nearest bucket counts, distance being the sum of the differences of both logs.  A file that
     is damaged, stale or no longer legal is logged and passed over: it costs nothing but itself.
+    Files are read again when they change, so that a winner found elsewhere is used at once.
     """
+    wanted = bucket(tokens), bucket(heads)
+    source = source_digest() if source is None else source
+    files = (wisdom_path(target), SHIPPED / f"{target.arch}.json")
+    return _find(spec, target, wanted, source, tuple((path, _changed(path)) for path in files))
+
+
+@functools.lru_cache(maxsize=256)
+def _find(
+    spec: DecodeSpec,
+    target: DeviceTarget,
+    wanted: tuple[int, int],
+    source: str,
+    files: Sequence[tuple[Path, int]],
+) -> Advice:
     stale = 0
-    for path in (wisdom_path(target), SHIPPED / f"{target.arch}.json"):
-        fitting = []
+    for path, _ in files:
+        fitting: list[tuple[int, Winner]] = []
         for winner in _read_or_warn(path):
             if winner.spec != spec:
                 continue
-            if winner.source != source or restrictions(spec, winner.config, target):
+            if reason := why_stale(winner, target, source):
+                _log.info("%s: a winner is passed over: %s", path, reason)
                 stale += 1
                 continue
-            distance = abs(winner.tokens_bucket - bucket(tokens))
-            distance += abs(winner.heads_bucket - bucket(heads))
+            distance = abs(winner.tokens_bucket - wanted[0]) + abs(winner.heads_bucket - wanted[1])
             fitting.append((distance, winner))
         if fitting:
             distance, winner = min(fitting, key=lambda pair: pair[0])
-            return winner.config, f"{path.name}, {distance} buckets away"
+            return Advice(config=winner.config, reason=f"{path.name}, {distance} buckets away")
     reason = f"untuned; {stale} stale winners passed over" if stale else "untuned"
-    return default_config(spec, target), reason
+    return Advice(config=default_config(spec, target), reason=reason)
+
+
+def why_stale(winner: Winner, target: DeviceTarget, source: str) -> str:
+    """Why a winner must not be used today; empty if it may."""
+    if winner.source != source:
+        return f"it was timed with kernels {winner.source[:12]}, today's are {source[:12]}"
+    return "; ".join(restrictions(winner.spec, winner.config, target))
 
 
 def read(path: Path) -> list[Winner]:
@@ -131,11 +232,11 @@ def read(path: Path) -> list[Winner]:
                 f"{WISDOM_VERSION}: move it away and tune again"
             )
         return [_winner(facts) for facts in content["winners"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise TuningError(f"wisdom file {path} is damaged ({error!r}): move it away") from error
 
 
-def merge(path: Path, winners: list[Winner]) -> None:
+def merge(path: Path, winners: Iterable[Winner]) -> None:
     """Add winners to a file, each replacing an older one of the same decision.
 
     Raises
@@ -146,20 +247,22 @@ def merge(path: Path, winners: list[Winner]) -> None:
     with exclusive(path):
         known = {winner.key: winner for winner in read(path)}
         known |= {winner.key: winner for winner in winners}
-        content = {
-            "version": WISDOM_VERSION,
-            "winners": [
-                asdict(winner) | {"spec": spec_facts(winner.spec)} for winner in known.values()
-            ],
-        }
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        partial.replace(path)
+        facts = [asdict(winner) | {"spec": spec_facts(winner.spec)} for winner in known.values()]
+        content = {"version": WISDOM_VERSION, "winners": facts}
+        write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
-def _winner(facts: dict[str, Any]) -> Winner:
+def _winner(facts: Mapping[str, Any]) -> Winner:
     parsed = {"spec": spec_from(facts["spec"]), "config": config_from(facts["config"])}
-    return Winner(**(facts | parsed))
+    return Winner(**(dict(facts) | parsed))
+
+
+def _changed(path: Path) -> int:
+    """When a file was last changed, in ns; 0 if there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _read_or_warn(path: Path) -> list[Winner]:

@@ -1,184 +1,223 @@
-"""The search with a fake clock instead of a GPU: a landscape whose best configuration is known."""
+"""The search with a made-up landscape instead of a GPU."""
+
+from __future__ import annotations
 
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from landscapes import SPACE, cost_us, timed
 
 from alignedkv.errors import TuningError
-from alignedkv.kernels.config import CHOICES, configurations
-from alignedkv.kernels.spec import DecodeSpec
-from alignedkv.kernels.target import SM90
+from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.tune.search import STRATEGIES, search
 from alignedkv.kernels.tune.trials import Status, Trial, fastest
 
 pytest.importorskip("optuna")
 
-SPEC = DecodeSpec(head_dim=128, group=4)
-LEGAL = list(configurations(SPEC, SM90))
+BEST = min(map(cost_us, SPACE))
 
 
-def landscape(config):
-    """A separable landscape: every tunable adds the index of its choice."""
-    cost = sum(
-        (i + 1) * choices.index(getattr(config, name))
-        for i, (name, choices) in enumerate(CHOICES.items())
-    )
-    return 20.0 + cost
-
-
-def evaluate(config):
-    return Trial(config=config, status=Status.OK, times_us=(landscape(config),))
-
-
-BEST = min(map(landscape, LEGAL))
-
-
-def test_grid_tries_all_and_finds_the_best():
-    tried = search(LEGAL[:40], evaluate, strategy="grid")
-    assert [t.config for t in tried] == LEGAL[:40]
-    assert fastest(tried).median_us == min(map(landscape, LEGAL[:40]))
+def test_grid_tries_all_and_finds_the_best() -> None:
+    tried = search(SPACE, timed, strategy="grid")
+    assert [t.config for t in tried] == SPACE
+    best = fastest(tried)
+    assert best is not None
+    assert best.median_us == BEST
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_nothing_is_tried_twice(strategy):
-    tried = search(LEGAL, evaluate, strategy=strategy, trials=30, seed=3)
-    assert len(tried) == 30
-    assert len({t.config for t in tried}) == 30
+def test_nothing_is_tried_twice(strategy: str) -> None:
+    space = SPACE[::12]
+    tried = search(space, timed, strategy=strategy, seed=3)
+    assert len(tried) == len(space)
+    assert {t.config for t in tried} == set(space)
 
 
-def test_a_seed_repeats_a_search():
-    one, two = (
-        [t.config for t in search(LEGAL, evaluate, strategy="tpe", trials=15, seed=5)]
-        for _ in range(2)
-    )
-    assert one == two
+@pytest.mark.parametrize("strategy", ["random", "tpe"])
+def test_a_seed_repeats_a_search(strategy: str) -> None:
+    def configs(seed: int) -> list[DecodeConfig]:
+        return [t.config for t in search(SPACE, timed, strategy=strategy, trials=12, seed=seed)]
+
+    assert configs(5) == configs(5) != configs(6)
 
 
-def test_tpe_gets_close_with_a_tenth_of_the_evaluations():
-    trials = max(20, len(LEGAL) // 10)
-    best = fastest(search(LEGAL, evaluate, strategy="tpe", trials=trials, seed=0)).median_us
-    assert best <= BEST * 1.15
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_wrong_answer_never_wins(strategy: str) -> None:
+    space = SPACE[::16]
+    limit = sorted(map(cost_us, space))[5]
+
+    def mostly_wrong(config: DecodeConfig) -> Trial:
+        if cost_us(config) < limit:
+            return Trial(config=config, status=Status.WRONG_ANSWER, reason="outside its bound")
+        return timed(config)
+
+    best = fastest(search(space, mostly_wrong, strategy=strategy))
+    assert best is not None
+    assert best.median_us == limit
 
 
-def test_a_wrong_answer_never_wins():
-    def mostly_wrong(config):
-        if landscape(config) < BEST + 5:
-            return Trial(config=config, status=Status.WRONG_ANSWER, reason="bound")
-        return evaluate(config)
+def test_a_search_in_which_nothing_is_right_ends() -> None:
+    def wrong(config: DecodeConfig) -> Trial:
+        return Trial(config=config, status=Status.LAUNCH_FAILED, reason="refused")
 
-    tried = search(LEGAL[:60], mostly_wrong, strategy="grid")
-    assert any(t.status is Status.WRONG_ANSWER for t in tried) or BEST + 5 < 20
-    assert fastest(tried).status is Status.OK
+    tried = search(SPACE[:9], wrong, strategy="tpe")
+    assert len(tried) == 9
+    assert fastest(tried) is None
 
 
-def test_a_trial_with_nan_is_refused():
-    with pytest.raises(TuningError, match="finite"):
-        Trial(config=LEGAL[0], status=Status.OK, times_us=(1.0, float("nan")))
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_interrupted_search_resumes(strategy: str, tmp_path: Path) -> None:
+    space, journal = SPACE[:8], tmp_path / "study.log"
+    tried: list[DecodeConfig] = []
 
-
-def test_a_killed_search_resumes(tmp_path):
-    journal = tmp_path / "study.log"
-    tried = []
-
-    def dies_at_five(config):
+    def dies_at_five(config: DecodeConfig) -> Trial:
         if len(tried) == 5:
             raise KeyboardInterrupt
         tried.append(config)
-        return evaluate(config)
+        return timed(config)
+
+    def counted(config: DecodeConfig) -> Trial:
+        tried.append(config)
+        return timed(config)
 
     with pytest.raises(KeyboardInterrupt):
-        search(LEGAL[:12], dies_at_five, strategy="grid", journal=journal)
-    again = []
-
-    def counted(config):
-        again.append(config)
-        return evaluate(config)
-
-    done = search(LEGAL[:12], counted, strategy="grid", journal=journal)
-    assert not set(tried) & set(again)
-    assert {t.config for t in done} >= set(tried) | set(again)
-    assert len(done) >= 11
+        search(space, dies_at_five, strategy=strategy, journal=journal, ahead=1)
+    done = search(space, counted, strategy=strategy, journal=journal)
+    assert len(tried) == len(set(tried)) == len(done) == len(space)
 
 
-def test_what_a_dead_worker_was_trying_is_tried_again(tmp_path):
-    journal = tmp_path / "study.log"
-    script = f"""
+KILLED = """
 import os, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {tests!r})
 from pathlib import Path
-from test_search import LEGAL, evaluate
+from landscapes import SPACE, timed
 from alignedkv.kernels.tune.search import search
-def dies(config):
-    os._exit(9)
-search(LEGAL[:3], dies, strategy="grid", journal=Path({str(journal)!r}))
+tried = []
+def evaluate(config):
+    if len(tried) == 3:
+        os._exit(9)
+    tried.append(config)
+    return timed(config)
+search(SPACE[:6], evaluate, strategy="grid", journal=Path({journal!r}))
 """
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
-    done = search(LEGAL[:3], evaluate, strategy="grid", journal=journal)
-    assert {t.config for t in done} == set(LEGAL[:3])
 
 
-def test_two_workers_share_a_study_without_double_work(tmp_path):
+def test_a_killed_search_resumes_even_where_it_was_killed_while_writing(tmp_path: Path) -> None:
     journal = tmp_path / "study.log"
-    counts: dict[object, int] = {}
+    script = KILLED.format(tests=str(Path(__file__).parents[2]), journal=str(journal))
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    with journal.open("ab") as file:
+        file.write(b'{"op_code": 6, "worker_')
+    again: list[DecodeConfig] = []
+
+    def counted(config: DecodeConfig) -> Trial:
+        again.append(config)
+        return timed(config)
+
+    done = search(SPACE[:6], counted, strategy="grid", journal=journal)
+    assert [t.config for t in done if t.config not in again] == SPACE[:3]
+    assert again == SPACE[3:6]
+
+
+def test_two_workers_share_a_study_without_double_work(tmp_path: Path) -> None:
+    space, journal = SPACE[:10], tmp_path / "study.log"
+    counts: dict[DecodeConfig, int] = {}
     lock = threading.Lock()
 
-    def counted(config):
+    def counted(config: DecodeConfig) -> Trial:
         with lock:
             counts[config] = counts.get(config, 0) + 1
-        return evaluate(config)
+        return timed(config)
 
-    workers = [
-        threading.Thread(
-            target=search,
-            args=(LEGAL[:16], counted),
-            kwargs={"strategy": "grid", "journal": journal, "seed": seed},
-        )
-        for seed in (0, 1)
-    ]
+    def work(seed: int) -> None:
+        search(space, counted, strategy="random", journal=journal, seed=seed)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert counts == dict.fromkeys(LEGAL[:16], 1)
+    assert counts == dict.fromkeys(space, 1)
 
 
-def test_a_damaged_journal_gives_a_clear_message(tmp_path):
+def test_studies_of_other_names_do_not_meet(tmp_path: Path) -> None:
     journal = tmp_path / "study.log"
-    journal.write_text("not a journal\n{]\n")
-    with pytest.raises(TuningError, match="move it away"):
-        search(LEGAL[:2], evaluate, journal=journal)
-    assert journal.read_text() == "not a journal\n{]\n"
+    for name in ("a", "b"):
+        assert len(search(SPACE[:2], timed, strategy="grid", journal=journal, name=name)) == 2
 
 
-def test_time_limit_and_bad_arguments():
-    assert search(LEGAL, evaluate, time_limit_s=0.0) == []
-    with pytest.raises(TuningError, match="strategy"):
-        search(LEGAL, evaluate, strategy="guess")
-    with pytest.raises(TuningError, match="no legal"):
-        search([], evaluate)
+@pytest.mark.parametrize("content", ["not a journal\n{]\n", '{"op_code": 0}\n[]\n', "[1]\n"])
+def test_a_damaged_journal_gives_a_clear_message(content: str, tmp_path: Path) -> None:
+    journal = tmp_path / "study.log"
+    journal.write_text(content)
+    with pytest.raises(TuningError, match=r"study\.log cannot be used .*move it away"):
+        search(SPACE[:2], timed, journal=journal)
+    assert journal.read_text() == content
 
 
-def test_progress_reports_the_best_so_far():
-    seen = []
-    search(
-        LEGAL[:10],
-        evaluate,
-        strategy="grid",
-        report=lambda trial, best, done: seen.append((trial.median_us, best.median_us, done)),
-    )
+def test_limits_and_bad_arguments() -> None:
+    assert search(SPACE, timed, strategy="grid", time_limit_s=0.0) == []
+    assert len(search(SPACE, timed, strategy="grid", trials=3)) == 3
+    with pytest.raises(TuningError, match="strategy 'guess': give one of grid, random, tpe"):
+        search(SPACE, timed, strategy="guess")
+    with pytest.raises(TuningError, match="--explain"):
+        search([], timed)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_tried_soon_is_announced(strategy: str) -> None:
+    announced: set[DecodeConfig] = set()
+    calls = 0
+
+    def prepare(configs: Sequence[DecodeConfig]) -> None:
+        nonlocal calls
+        calls += 1
+        announced.update(configs)
+
+    def evaluate(config: DecodeConfig) -> Trial:
+        assert config in announced
+        return timed(config)
+
+    tried = search(SPACE, evaluate, strategy=strategy, trials=12, ahead=3, prepare=prepare)
+    assert len(tried) == 12
+    assert len(announced) == (12 if strategy == "tpe" else 15)
+    assert calls == (3 if strategy == "tpe" else 12)
+
+
+def test_progress_reports_the_best_so_far() -> None:
+    seen: list[tuple[float, float, int]] = []
+
+    def report(trial: Trial, best: Trial | None, done: int) -> None:
+        assert best is not None
+        seen.append((trial.median_us, best.median_us, done))
+
+    search(SPACE, timed, strategy="random", trials=10, report=report)
     assert [done for *_, done in seen] == list(range(1, 11))
-    assert all(best <= time for time, best, _ in seen)
+    times = [time for time, *_ in seen]
+    assert [best for _, best, _ in seen] == [min(times[: i + 1]) for i in range(10)]
 
 
-def test_the_process_id_of_a_worker_is_recorded(tmp_path):
+def test_without_optuna_grid_and_random_still_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    for strategy in ("grid", "random"):
+        assert len(search(SPACE, timed, strategy=strategy, trials=4)) == 4
+    with pytest.raises(TuningError, match="need Optuna"):
+        search(SPACE, timed, strategy="tpe", trials=4)
+
+
+def test_a_worker_is_told_apart_from_a_later_process_of_the_same_number(tmp_path: Path) -> None:
     import optuna
 
     journal = tmp_path / "study.log"
-    search(LEGAL[:1], evaluate, strategy="grid", journal=journal)
+    search(SPACE[:1], timed, strategy="grid", journal=journal)
     backend = optuna.storages.journal.JournalFileBackend(str(journal))
     study = optuna.load_study(study_name="decode", storage=optuna.storages.JournalStorage(backend))
-    assert study.trials[0].user_attrs["worker"].endswith(f":{os.getpid()}")
+    host, process, started = study.trials[0].user_attrs["worker"].split(":")
+    assert host
+    assert int(process) == os.getpid()
+    assert int(started) > 0
