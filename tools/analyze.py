@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from alignedkv.analysis.tables import Findings, TokenTable, collect, summarize_t
 from alignedkv.errors import AlignedKVError, SpecError
 from alignedkv.policy import BoundKind
 from analyze_options import Request, read_request
-from analyze_output import interrupts_held, print_tables, staged_folder, with_progress
+from analyze_output import print_tables, staged_folder, with_progress, workers_ignore_interrupts
 
 #: Seconds to wait for a Dask scheduler.
 _CONNECT_TIMEOUT = 10
@@ -35,11 +36,14 @@ _CONNECT_TIMEOUT = 10
 def analyze(request: Request, folder: Path) -> Findings:
     """Do the work and write all files into a folder."""
     with ExitStack() as stack:
+        # Said of what is left undone after Ctrl-C or bad input, which is said in words of our own.
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", ".*tasks which were still being processed", UserWarning)
         jobs = request.jobs
         if isinstance(jobs, str):
             stack.enter_context(dask_cluster(jobs))
             jobs = -1
-        with interrupts_held():
+        with workers_ignore_interrupts():
             results = sweep(request.tasks, request.settings, jobs=jobs)
         stack.enter_context(closing(results))
         tokens = stack.enter_context(TokenTable(folder))

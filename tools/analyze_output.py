@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -73,25 +74,31 @@ def _nearest_folder(out: Path) -> Path:
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back until the block ends.
+def workers_ignore_interrupts() -> Iterator[None]:
+    """Let processes that start inside ignore Ctrl-C, which a terminal sends to all of them.
 
-    Processes that start inside never see it: a terminal sends it to all of them, and workers are to
-    end with this process, not each with a traceback of its own.
+    They are to end with this process, not each with a traceback of its own.  Ignoring is what
+    a new program inherits; a blocked signal would be unblocked by joblib's resource tracker.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python leaves signals to the main thread
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, before)
 
 
 def _publish(stage: Path, out: Path) -> None:
-    """Move all files, and do not stop in the middle."""
-    with interrupts_held():
+    """Move all files, and do not stop in the middle: Ctrl-C waits until they are there."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
         out.mkdir(parents=True, exist_ok=True)
         for file in sorted(stage.iterdir()):
             file.replace(out / file.name)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def with_progress(results: Iterator[_Result], total: int) -> Iterator[_Result]:

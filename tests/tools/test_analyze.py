@@ -296,6 +296,11 @@ def test_bad_files_are_one_line_exit_code_2_and_nothing_written(make, said, tmp_
     assert_refused([*argv, *options, "--out", str(out)], tmp_path, capsys, said)
 
 
+def test_numbers_that_a_worker_finds_are_one_line_too(tmp_path, capfd):
+    argv = [*poisoned(tmp_path, np.nan), "--jobs", "2", "--json", "--out", str(tmp_path / "out")]
+    assert_refused(argv, tmp_path, capfd, "v[7, 5] is nan")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
