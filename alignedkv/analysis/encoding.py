@@ -178,6 +178,8 @@ def encode_case(
     -----
     Statistics come from the case's ``prefill`` rows and its own queries.
     """
+    # Signs and tables from different streams: the dither is independent of what it is added to.
+    sign_seed, key_seed, value_seed = 3 * seed, 3 * seed + 1, 3 * seed + 2
     prefill = case.prefill or case.tokens
     keys32 = np.ascontiguousarray(case.key, np.float32)
     values32 = np.ascontiguousarray(case.value, np.float32)
@@ -193,7 +195,7 @@ def encode_case(
         query_size,
         parts=transform,
         page=page,
-        seed=seed,
+        seed=sign_seed,
     )
     fitted = replace(fitted, mean=_holdable(_all_pages(fitted, case.tokens), keys32))
     mean = values32[seen].mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -203,8 +205,8 @@ def encode_case(
         policy=policy,
         transform=fitted,
         value_mean=value_mean,
-        keys=_store(transformed_keys(fitted, keys32), policy, policy.key_layout, seed=2 * seed),
-        values=_store(values32 - value_mean, policy, policy.value_layout, seed=2 * seed + 1),
+        keys=_store(transformed_keys(fitted, keys32), policy, policy.key_layout, seed=key_seed),
+        values=_store(values32 - value_mean, policy, policy.value_layout, seed=value_seed),
         value_rows=values32,
     )
 
