@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from alignedkv.kernels.arrays import CacheArrays
 from alignedkv.kernels.codegen import generate
 from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.device import Place
@@ -26,12 +27,67 @@ from alignedkv.kernels.target import SM90
 
 HEADER = Path(__file__).parent / "warps.h"
 FLAGS = ("-O1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared", "-w")
-#: What stands for the instructions that the kernels spell in assembly.
+#: What stands for an assembly statement of the kernels, by its text; ``{n}`` is operand n.
 INSTRUCTIONS = {
-    r'asm\("cvt.f32.f16 [^;]*;[^;]*;': "_Float16 h; memcpy(&h, &bits, 2); value = h;",
-    r'asm\("cvt.rn.f16.f32 [^;]*;[^;]*;': "_Float16 h = value; memcpy(&bits, &h, 2);",
-    r'asm\("cvt.rn.bf16.f32 [^;]*;[^;]*;': "throw;",
+    "cvt.f32.f16 %0, %1;": "{0} = half_to_float({1})",
+    "cvt.rn.f16.f32 %0, %1;": "{0} = float_to_half({1})",
+    "cvt.rn.bf16.f32 %0, %1;": "{0} = float_to_bfloat16({1})",
+    "ex2.approx.ftz.f32 %0, %1;": "{0} = std::exp2({1})",
+    "lg2.approx.ftz.f32 %0, %1;": "{0} = std::log2({1})",
+    "rcp.approx.ftz.f32 %0, %1;": "{0} = 1 / ({1})",
+    "cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;": "copy({0} + {2}, {1}, {3}, 16, 16)",
+    "cp.async.ca.shared.global [%0 + %2], [%1 + %3], %4;": "copy({0} + {2}, {1}, {3}, {4}, {4})",
+    "{.reg .pred p; setp.ne.u32 p, %4, 0;@p cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;}": (
+        "if ({4}) copy({0} + {2}, {1}, {3}, 16, 16)"
+    ),
+    "{.reg .pred p; setp.ne.u32 p, %4, 0;@p cp.async.ca.shared.global [%0 + %2], [%1 + %3], %5;}": (
+        "if ({4}) copy({0} + {2}, {1}, {3}, {5}, {5})"
+    ),
+    "cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16, %4;": (
+        "copy({0} + {2}, {1}, {3}, {4}, 16)"
+    ),
+    "cp.async.ca.shared.global [%0 + %2], [%1 + %3], %5, %4;": (
+        "copy({0} + {2}, {1}, {3}, {4}, {5})"
+    ),
+    "cp.async.commit_group;": "",
+    "cp.async.wait_group %0;": "",
+    "griddepcontrol.wait;": "",
+    "griddepcontrol.launch_dependents;": "",
+    "{.reg .pred p; setp.ne.u32 p, %2, 0;@p red.shared.add.u32 [%0], %1;}": (
+        "if ({2}) *reinterpret_cast<unsigned*>(dynamic + {0}) += {1}"
+    ),
+    "bar.sync 1, %0;": "wait_for({0})",
+    "ld.global.v4.f32 {%0,%1,%2,%3}, [%4];": (
+        "{0} = {4}->x, {1} = {4}->y, {2} = {4}->z, {3} = {4}->w"
+    ),
+    "ld.global.f32 %0, [%1];": "std::memcpy(&{0}, {1}, 4)",
+    "ld.global.u32 %0, [%1];": "std::memcpy(&{0}, {1}, 4)",
+    "st.global.f32 [%0], %1;": "std::memcpy({0}, &{1}, 4)",
+    "st.global.u32 [%0], %1;": "std::memcpy({0}, &{1}, 4)",
+    "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+    "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};": (
+        "multiply_tiles<unsigned char>(d, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}})"
+    ),
+    "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+    "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};": (
+        "d[0] = d[1] = d[2] = d[3] = 0;"
+        "multiply_tiles<unsigned char>(d, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}})"
+    ),
+    "mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 "
+    "{%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};": (
+        "multiply_tiles<unsigned char>(d, {{{4}, {5}, 0, 0}}, {{{6}, 0}})"
+    ),
+    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+    "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};": (
+        "multiply_tiles<signed char>(d, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}})"
+    ),
 }
+#: Which caches a load or store goes through changes nothing here.
+_CACHES = re.compile(r"\b((?:ld|st)\.global)(?:\.(?:ca|cg|cs|nc|L1::no_allocate))+")
+_KERNEL = re.compile(
+    r'extern "C" __global__ void[^{;]*?(\w+)\(\s*const (?:__grid_constant__ )?(\w+) '
+)
+_ASSEMBLY = re.compile(r"asm(?: volatile)?\((?P<body>(?:[^;\"]|\"(?:[^\"\\]|\\.)*\")*)\);")
 #: Host memory at the alignment that device memory has.
 ALIGNMENT = 256
 
@@ -65,6 +121,15 @@ class EmulatedPlace(Place):
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> HostArray:
         return Emulated().zeros(shape, dtype)
+
+    def copy(self, array: HostArray) -> HostArray:
+        return Emulated().put(array.content, array.dtype.removeprefix("torch."))
+
+    def fill(self, array: HostArray, number: float) -> None:
+        array.content[...] = number
+
+    def scale(self, array: HostArray, source: HostArray, factor: float) -> None:
+        array.content[...] = source.content * np.float32(factor)
 
     def launch(
         self,
@@ -131,17 +196,21 @@ Machine = Emulated | Gpu
 def emulate_places(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every launch of this test run on host threads."""
 
+    def configuration(spec: DecodeSpec, cache: CacheArrays) -> DecodeConfig:
+        return DecodeConfig(warps=4, encode_warps=4)
+
     def of(
         spec: DecodeSpec, array: Any, config: DecodeConfig | None, stream: int | None
     ) -> EmulatedPlace:
         return EmulatedPlace(
             spec=spec,
             config=config or DecodeConfig(encode_warps=4),
-            target=replace(SM90, sm_count=1),
+            target=replace(SM90, sm_count=8),
             device=0,
             stream=SimpleNamespace(is_capturing=lambda: False, synchronize=lambda: None),
         )
 
+    monkeypatch.setattr("alignedkv.kernels.launch.steps.configuration", configuration)
     monkeypatch.setattr(Place, "of", of)
 
 
@@ -149,9 +218,9 @@ def emulate_places(monkeypatch: pytest.MonkeyPatch) -> None:
 def host_library(spec: DecodeSpec, config: DecodeConfig, file: str) -> ctypes.CDLL:
     """A CUDA file compiled for the host, with a function ``run_<kernel>`` for each kernel."""
     text = re.sub(r"#line.*", "", generate(spec, config, file))
-    for pattern, meaning in INSTRUCTIONS.items():
-        text = re.sub(pattern, meaning, text)
-    kernels = re.findall(r'extern "C" __global__ void[^{;]*?(\w+)\(const __grid\w+ (\w+)', text)
+    text = _ASSEMBLY.sub(_host_statement, text)
+    text = text.replace("extern __shared__ __align__(16) u8 memory[];", "u8* memory = dynamic;")
+    kernels = _KERNEL.findall(text)
     lines = [f'#include "{HEADER}"', text.replace('extern "C" __global__', "static __global__")]
     lines += [
         f'extern "C" void run_{kernel}(const {struct}* arguments, unsigned gx, unsigned gy,'
@@ -171,3 +240,20 @@ def host_library(spec: DecodeSpec, config: DecodeConfig, file: str) -> ctypes.CD
     loaded = ctypes.CDLL(str(library))
     shutil.rmtree(folder)
     return loaded
+
+
+def _host_statement(assembly: re.Match[str]) -> str:
+    """What stands for an assembly statement."""
+    texts = re.findall(r'"((?:[^"\\]|\\.)*)"', assembly["body"].split(":", 1)[0])
+    operands, rest = [], assembly["body"].split(":", 1)[1] if ":" in assembly["body"] else ""
+    for found in re.finditer(r'"[=+]?[a-z]"\(', rest):
+        depth, end = 1, found.end()
+        while depth:
+            depth += {"(": 1, ")": -1}.get(rest[end], 0)
+            end += 1
+        operands.append(f"({rest[found.end() : end - 1]})")
+    text = _CACHES.sub(r"\1", "".join(texts).replace("\\n", ""))
+    if text not in INSTRUCTIONS:
+        raise NotImplementedError(f"INSTRUCTIONS has nothing for {text!r}")
+    meaning = INSTRUCTIONS[text]
+    return meaning.format(*operands) + ";"
