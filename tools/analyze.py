@@ -26,7 +26,7 @@ from alignedkv.analysis.sweep import sweep
 from alignedkv.analysis.tables import Findings, TokenTable, collect, summarize_tolerances
 from alignedkv.errors import AlignedKVError, SpecError
 from alignedkv.policy import BoundKind
-from analyze_options import Request, read_request
+from analyze_options import SPACED_POSITIONS, Request, read_request
 from analyze_output import print_tables, staged_folder, with_progress, workers_ignore_interrupts
 
 #: Seconds to wait for a Dask scheduler.
@@ -114,8 +114,8 @@ def say_what_is_done(request: Request, console: Console) -> None:
         f"{', ...' if len(files) > 3 else ''}: {len(request.tasks)} query positions"
     )
     if request.positions_left_out:
-        line += " (--positions all for every one)"
-    console.print(line, highlight=False, markup=False)
+        line += f", {SPACED_POSITIONS} of each (others: --positions all)"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

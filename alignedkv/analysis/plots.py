@@ -108,7 +108,7 @@ def cost_of_tolerance(findings: Findings) -> str:
         axes.set_xlabel("tolerance")
         axes.set_ylabel("bytes read, % of 16 bits")
         _percent(axes.yaxis)
-        axes.legend(loc="upper left", ncols=2)
+        _legend_above(axes)
         return to_svg(figure, "Bytes read at each tolerance")
 
 
@@ -128,7 +128,8 @@ def rows_per_plane(findings: Findings) -> str:
                 x, heights, width * 0.92, color=series(i), label=_raised(power_of_two(tolerance))
             )
             if len(tolerances) <= 2:
-                for xi, height in zip(x, heights, strict=True):
+                # The first key plane is always read, which needs no number.
+                for xi, height in zip(x[1:], heights[1:], strict=True):
                     axes.annotate(
                         _short_percent(height),
                         (xi, height),
@@ -140,11 +141,11 @@ def rows_per_plane(findings: Findings) -> str:
                     )
         axes.set_xticks(range(len(places)), [f"{side}{plane}" for side, plane in places])
         axes.grid(axis="x", visible=False)
-        axes.set_ylim(0, 112)
+        axes.set_ylim(0, 104)
         axes.set_yticks(range(0, 101, 25))
         axes.set_xlabel("plane of keys (K) and values (V), most significant first")
         axes.set_ylabel("rows that are read so far, %")
-        axes.legend(loc="upper right", ncols=min(len(tolerances), 3))
+        _legend_above(axes)
         return to_svg(figure, "Share of the rows that reach each plane")
 
 
@@ -178,8 +179,7 @@ def tightness(findings: Findings) -> str:
         axes.set_xlabel("error as a share of the bound")
         axes.set_ylabel("outputs up to there, %")
         _log2_ticks(axes.xaxis)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(loc="upper left")
+        _legend_above(axes)
         return to_svg(figure, "Error as a share of each bound, distribution over the outputs")
 
 
@@ -217,7 +217,7 @@ def bits_along_context(findings: Findings, side: str, tolerance: float) -> str:
         axes.set_yticks(*_head_labels(table.index))
         _context_ticks(axes, places)
         _heat_legend(figure, axes, mesh)
-        axes.set_xlabel("token, counted from the first (left) and from the query (right)")
+        axes.set_xlabel("tokens from the first, and to the query")
         axes.set_ylabel("layer · KV head")
         return to_svg(
             figure, f"Bits of {'keys' if side == 'K' else 'values'} along the context, per head"
@@ -280,6 +280,23 @@ def _label_marks(axes: Axes, marks: Sequence[_Mark]) -> None:
 
 def _log2(number: float) -> float:
     return float(np.log2(max(number, 2.0**-60)))
+
+
+def _legend_above(axes: Axes) -> None:
+    """Where no line or bar can run through it."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            handles,
+            labels,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=4,
+            borderaxespad=0.2,
+            borderpad=0,
+            handlelength=1.4,
+            columnspacing=1.2,
+        )
 
 
 def _raised(power: str) -> str:
