@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 #: Trials that TPE draws at random before its model says anything.
 TPE_STARTUP: Final = 8
-#: Draws of TPE for one claim; those that are illegal or taken cost nothing but themselves.
-TPE_DRAWS: Final = 12
 #: A wrong configuration counts as so many times slower than the slowest right one.
 FAILED_FACTOR: Final = 10.0
 _FAILED_US: Final = 1e6
@@ -129,7 +126,6 @@ class Journal:
         name: str,
     ) -> None:
         self._order, self._model, self._path = tuple(order), model, path
-        self._random = random.Random(seed)
         self._choices = {
             tunable: tuple(c for c in choices if any(getattr(o, tunable) == c for o in order))
             for tunable, choices in CHOICES.items()
@@ -144,19 +140,26 @@ class Journal:
         }
 
     def claim(self) -> Claim | None:
-        """Take what TPE suggests, or else the first of the order that is free."""
+        """Take what TPE suggests, or what is nearest to it and free; else the first that is free.
+
+        A model of a small space suggests good configurations again and again, and illegal ones
+        between them: their free neighbours are what it would try next.
+        """
         with self._alone():
             free = self._free()
             if not free:
                 return None
-            for _ in range(TPE_DRAWS if self._model else 0):
-                if (claim := self._ask(free)) is not None:
+            pick = next(iter(free))
+            if self._model:
+                suggested, claim = self._ask(free)
+                if claim is not None:
                     return claim
-            pick = self._random.choice(list(free)) if self._model else next(iter(free))
+                pick = min(free, key=lambda config: self._distance(config, suggested))
             while True:
                 # A trial that somebody queued before he died comes first, hence the loop.
                 self._study.enqueue_trial(asdict(pick))
-                if (claim := self._ask(free)) is not None:
+                _, claim = self._ask(free)
+                if claim is not None:
                     return claim
 
     def upcoming(self, count: int) -> list[DecodeConfig]:
@@ -196,15 +199,23 @@ class Journal:
         }
         return dict.fromkeys(config for config in self._order if config not in taken)
 
-    def _ask(self, free: Mapping[DecodeConfig, None]) -> Claim | None:
-        """One suggestion; None if it is illegal or taken."""
+    def _ask(self, free: Mapping[DecodeConfig, None]) -> tuple[DecodeConfig, Claim | None]:
+        """One suggestion, claimed unless it is illegal or taken."""
         ask = self._study.ask(self._spaces)
         config = _config(ask.params)
         if config not in free:
             self._study.tell(ask, state=_optuna().trial.TrialState.FAIL)
-            return None
+            return config, None
         ask.set_user_attr("worker", _worker(os.getpid()))
-        return Claim(config=config, number=ask.number)
+        return config, Claim(config=config, number=ask.number)
+
+    def _distance(self, one: DecodeConfig, other: DecodeConfig) -> float:
+        """Sum over the tunables of the distance of their choices, 1 from the first to the last."""
+        total = 0.0
+        for tunable, choices in self._choices.items():
+            apart = choices.index(getattr(one, tunable)) - choices.index(getattr(other, tunable))
+            total += abs(apart) / max(len(choices) - 1, 1)
+        return total
 
     def _set(self, number: int, key: str, value: str) -> None:
         storage = self._study._storage

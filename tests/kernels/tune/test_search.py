@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from landscapes import SPACE, cost_us, timed
 
 from alignedkv.errors import TuningError
 from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.tune.search import STRATEGIES, search
 from alignedkv.kernels.tune.trials import Status, Trial, fastest
+from landscapes import SPACE, cost_us, timed
 
 pytest.importorskip("optuna")
 

@@ -1,0 +1,49 @@
+"""Search policies compared on a recorded sweep, here a made-up one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from alignedkv.errors import TuningError
+from alignedkv.kernels.tune.replay import median_slowdown, replay
+from alignedkv.kernels.tune.trials import Status, Trial
+from landscapes import SPACE, made_up_sweep
+
+pytest.importorskip("optuna")
+
+SWEEP = made_up_sweep()
+
+
+def test_an_exhaustive_replay_finds_the_first() -> None:
+    found = replay(SWEEP, strategy="grid")
+    assert (found.rank, found.slowdown) == (1, 1.0)
+    assert found.evaluations == found.space == len(SPACE)
+    assert found.best == SWEEP.ranked()[0]
+
+
+def test_rank_and_slowdown_are_those_of_the_recorded_times() -> None:
+    found = replay(SWEEP, strategy="random", trials=5, seed=1)
+    ranked = SWEEP.ranked()
+    assert found.evaluations == 5
+    assert ranked[found.rank - 1] == found.best
+    assert found.slowdown == found.best.median_us / ranked[0].median_us > 1.0
+
+
+def test_tpe_beats_random_with_a_tenth_of_the_evaluations() -> None:
+    trials = len(SPACE) // 10
+    tpe, chance = (
+        median_slowdown(SWEEP, strategy=strategy, trials=trials, seeds=range(5))
+        for strategy in ("tpe", "random")
+    )
+    assert tpe <= 1.03
+    assert tpe <= chance
+
+
+def test_a_sweep_without_an_answer_cannot_be_replayed() -> None:
+    wrong = tuple(Trial(config=c, status=Status.WRONG_ANSWER) for c in SPACE[:3])
+    with pytest.raises(TuningError, match="no trial with a right answer"):
+        replay(replace(SWEEP, trials=wrong), strategy="grid")
+    with pytest.raises(TuningError, match="allow more trials"):
+        replay(replace(SWEEP, trials=(*wrong, SWEEP.trials[9])), strategy="grid", trials=3)
