@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binom
 
 from alignedkv.analysis.activations import AttentionCase
 from alignedkv.analysis.alignment import align
@@ -357,6 +358,11 @@ def _plan_at_threshold(
     return alignment.plan(shares=Shares(value=2.0**-20, row=2.0**-40))
 
 
+def is_refuted(rate: float, claimed: float, draws: int) -> bool:
+    """Whether so many failures would be a wonder (1e-6) if the claim were true."""
+    return bool(binom.sf(round(rate * draws) - 1, draws, claimed) < 1e-6)
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
@@ -392,11 +398,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
     else:
         options.out.write_text(text + "\n")
-    broken = sum(report["deterministic"]["failures"].values()) + sum(
-        row["failure_rate"] > row["claimed"] or row["linear_part_rate"] > row["linear_part_claimed"]
+    refuted = any(report["deterministic"]["failures"].values()) or any(
+        is_refuted(row[name + "rate"], row[claim], options.draws)
         for row in report["statistical"]
+        for name, claim in (("failure_", "claimed"), ("linear_part_", "linear_part_claimed"))
     )
-    return int(broken > 0)
+    return int(refuted)
 
 
 if __name__ == "__main__":

@@ -109,10 +109,14 @@ def search_plan(
     if policy.bound is BoundKind.STATISTICAL:
         trial = _Certified(alignment=alignment, seed=seed)
     else:
-        trial = _Foreseen(alignment=alignment, table=KeyErrorTable.of(alignment), tau=tau)
+        with np.errstate(over="ignore", invalid="ignore"):
+            table = KeyErrorTable.of(alignment)
+        trial = _Foreseen(alignment=alignment, table=table, tau=tau)
     cheapest, found = np.inf, None
     for share in shares:
-        step, cost = _bisect(trial, share, cheapest)
+        # Where a bound overflows it meets no tolerance, and finer planes are tried.
+        with np.errstate(over="ignore", invalid="ignore"):
+            step, cost = _bisect(trial, share, cheapest)
         if step is not None:
             cheapest, found = cost, (step, share)
     if found is not None:

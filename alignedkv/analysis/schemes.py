@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from alignedkv.analysis.activations import AttentionCase
 from alignedkv.analysis.scores import largest_of_rows, log_sum_exp
+from alignedkv.errors import SpecError
 from alignedkv.formats import BF16, FP8_E4M3, FP8_E5M2, FP16, FloatFormat, round_to
 
 #: Tokens of a KIVI key group, channels of a KIVI value group.
@@ -171,11 +172,15 @@ class SixteenBit:
     number_format: FloatFormat
 
     def apply(self, case: AttentionCase, index: int) -> SchemeResult:
-        """Attend; weights are summed before they are rounded (theory.md 7.3)."""
+        """Attend; weights are summed before they are rounded (theory.md 7.3).
+
+        Raises
+        ------
+        SpecError
+            If a number is too large for the type.
+        """
         rows = VisibleRows.of(case, index)
-        query, key, value = (
-            round_to(self.number_format, part) for part in (rows.query, rows.key, rows.value)
-        )
+        query, key, value = (self._rounded(part) for part in (rows.query, rows.key, rows.value))
         scores = capped_scores(case, query, key)
         sinks = np.full(len(scores), -np.inf) if case.sinks is None else case.sinks
         largest = scores.max(axis=1)
@@ -183,6 +188,16 @@ class SixteenBit:
         total = relative.sum(axis=1) + np.exp(sinks - largest)
         output = round_to(self.number_format, relative) @ value / total[:, None]
         return _result(self.name, case, index, round_to(self.number_format, output), (16.0, 16.0))
+
+    def _rounded(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        rounded = round_to(self.number_format, x)
+        if not np.isfinite(rounded).all():
+            culprit = x[~np.isfinite(rounded)][0]
+            raise SpecError(
+                f"{self.name}: {culprit} is no finite {self.number_format.name}; give numbers up "
+                f"to {self.number_format.max:.4g}"
+            )
+        return rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -246,6 +246,13 @@ def test_the_paper_stores_all_bits_and_keeps_a_tail():
     assert alone.key_bits == alone.value_bits == 16
 
 
+def test_numbers_beyond_a_type_are_refused():
+    case = make_case(tokens=70, dtype="float32", key=np.full((70, 64), 1e6, np.float32))
+    with pytest.raises(SpecError, match=r"fp16: 1000000.0 is no finite float16"):
+        SixteenBit(name="fp16", number_format=FP16).apply(case, 0)
+    assert SixteenBit(name="bf16", number_format=BF16).apply(case, 0).key_bits == 16
+
+
 def test_the_paper_knows_fp16_alone():
     case = make_case(tokens=70, dtype="float32", key=np.full((70, 64), 1e6, np.float32))
     with pytest.raises(SpecError, match="float16"):
