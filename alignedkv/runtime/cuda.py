@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from alignedkv.kernels import launch
 from alignedkv.kernels.arrays import CacheArrays, DecodeResult, HeadState
-from alignedkv.kernels.config import DecodeConfig, default_config, splits_per_head
+from alignedkv.kernels.config import DecodeConfig, splits_per_head
 from alignedkv.kernels.declarations import structs
 from alignedkv.kernels.device import device_target
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
+from alignedkv.kernels.tune.wisdom import find
 from alignedkv.kernels.workspace import Workspace, allocate_workspace
 from alignedkv.runtime.backend import TORCH_DTYPES
 from alignedkv.runtime.plan import StepPlan
@@ -119,8 +122,17 @@ class CudaBackend:
 
 
 def _config(spec: DecodeSpec, cache: CacheArrays) -> tuple[DecodeConfig, DeviceTarget]:
-    target = device_target(cache.scales.device.index)
-    return default_config(spec, target), target
+    batch, kv_heads, capacity = cache.scales.shape
+    return _decided(spec, cache.scales.device.index, capacity, batch * kv_heads)
+
+
+@functools.cache
+def _decided(
+    spec: DecodeSpec, device: int, capacity: int, heads: int
+) -> tuple[DecodeConfig, DeviceTarget]:
+    """The fastest configuration known, decided once: its scratch must not meet another's step."""
+    target = device_target(device)
+    return find(spec, target, tokens=capacity, heads=heads).config, target
 
 
 def _scratch_names() -> list[str]:
