@@ -189,22 +189,23 @@ def build_parser() -> OneLineParser:
         "(default: the bundled sample)",
     )
 
-    def several(option: str, parse: Any, help_text: str) -> None:
-        add(option, nargs="+", action=Several, const=parse, metavar="N", help=help_text)
+    def several(option: str, parse: Any, help_text: str, metavar: str = "N") -> None:
+        add(option, nargs="+", action=Several, const=parse, metavar=metavar, help=help_text)
 
     several("--layers", parse_numbers, "layers, such as 0 5 10..15 (default: all)")
     several("--heads", parse_numbers, "KV heads, each with its query heads (default: all)")
     several(
         "--positions",
         parse_positions,
-        "query positions as token numbers; -1 is the last one stored; 'all' "
-        f"(default: {SPACED_POSITIONS}, evenly spaced)",
+        "query positions as token numbers; -1 is the last one stored, 'all' means all "
+        f"(default: {SPACED_POSITIONS} of each head, evenly spaced)",
     )
-    several("--tolerance", parse_tolerance, "allowed relative errors (default: 2^-7 2^-5)")
+    several("--tolerance", parse_tolerance, "allowed relative errors (default: 2^-7 2^-5)", "X")
     add(
         "--failure",
         type=float,
         default=1e-9,
+        metavar="P",
         help="probability with which a bound that is no certainty may fail (default: %(default)s)",
     )
     add(
@@ -216,6 +217,7 @@ def build_parser() -> OneLineParser:
     add(
         "--layout",
         default="4|4|4|4",
+        metavar="WIDTHS",
         help="bits of the planes, such as 4-4-8; of keys and values: 4-2-2-8,4-4-8 "
         "(default: 4-4-4-4)",
     )
@@ -228,16 +230,25 @@ def build_parser() -> OneLineParser:
     add("--exact-first", type=int, default=0, metavar="ROWS", help="first rows kept exactly")
     add("--exact-last", type=int, default=0, metavar="ROWS", help="last rows kept exactly")
     add("--dither-rows", type=int, default=64, metavar="P", help="a power of two (default: 64)")
-    add("--transform", default=KEY_TRANSFORM, help="of keys (default: %(default)s)")
-    add("--scaling", type=float, help="softmax scale, in place of the files' own")
-    add("--seed", type=int, default=0, help="of dither and draws (default: 0)")
+    add(
+        "--transform", default=KEY_TRANSFORM, metavar="PARTS", help="of keys (default: %(default)s)"
+    )
+    add("--scaling", type=float, metavar="X", help="softmax scale, in place of the files' own")
+    add("--seed", type=int, default=0, metavar="N", help="of dither and draws (default: 0)")
     add(
         "--jobs",
         type=parse_jobs,
         default=-1,
+        metavar="N",
         help="processes, or a Dask scheduler's address (default: all cores)",
     )
-    add("--out", type=Path, default=Path("report"), help="folder to write (default: ./report)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("report"),
+        metavar="FOLDER",
+        help="folder to write (default: ./report)",
+    )
     add("--json", action="store_true", help="print one JSON object per tolerance, not a table")
     parser.set_defaults(more_sources=[])
     return parser

@@ -120,7 +120,7 @@ def print_tables(findings: Findings) -> None:
     """Every tolerance layer by layer, and the schemes below."""
     table = Table(box=box.HORIZONTALS, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
-    for name in ("K bits", "V bits", "read", "error\nmedian", "error\nmax", "bound\nmax"):
+    for name in ("K bits", "V bits", "read\n%", "error\nmedian", "error\nmax", "bound\nmax"):
         table.add_column(name, justify="right")
     table.add_column("missed", justify="right")
     for total in summarize_tolerances(findings.requested):
@@ -141,7 +141,7 @@ def _cells(summary: Summary) -> Sequence[str]:
     return (
         f"{summary.bits_k:.2f}",
         f"{summary.bits_v:.2f}",
-        f"{100 * summary.read_fraction:.1f} %",
+        f"{100 * summary.read_fraction:.1f}",
         power_of_two(summary.error_median),
         power_of_two(summary.error_max),
         power_of_two(summary.bound_max),
@@ -153,7 +153,7 @@ def _scheme_cells(summary: SchemeSummary) -> Sequence[str]:
     return (
         f"{summary.bits_k:.2f}",
         f"{summary.bits_v:.2f}",
-        f"{100 * summary.read_fraction:.1f} %",
+        f"{100 * summary.read_fraction:.1f}",
         power_of_two(summary.error_median),
         power_of_two(summary.error_max),
         "",

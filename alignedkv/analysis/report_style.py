@@ -41,6 +41,10 @@ thead th { color: var(--muted); font-size: 0.85rem; vertical-align: bottom; }
 .facts th, .facts td { white-space: normal; vertical-align: top; overflow-wrap: anywhere; }
 .facts th { width: 11rem; }
 tbody tr:last-child > * { border-bottom: 0; }
+@media (max-width: 40rem) {
+  .scroll th, .scroll td { padding: 0.3rem 0.35rem; font-size: 0.85rem; }
+  .scroll th:first-child { white-space: normal; }
+}
 dt { font-weight: 600; } dd { margin: 0 0 0.6rem; max-width: 46rem; }
 footer { color: var(--muted); font-size: 0.85rem; margin-top: 2.5rem; }
 </style>
