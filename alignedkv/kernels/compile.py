@@ -26,7 +26,7 @@ from typing import Any
 
 from alignedkv.errors import CompileError
 from alignedkv.kernels.codegen import generate
-from alignedkv.kernels.config import DecodeConfig
+from alignedkv.kernels.config import KERNEL_TUNABLES, DecodeConfig
 from alignedkv.kernels.spec import DecodeSpec
 
 _log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ def cache_key(spec: DecodeSpec, config: DecodeConfig, file: str, arch: str, text
     """sha256 of all that the binary depends on, as hexadecimal digits."""
     facts = {
         "spec": asdict(spec),
-        "config": asdict(config),
+        "config": {name: getattr(config, name) for name in KERNEL_TUNABLES},
         "file": file,
         "arch": arch,
         "compiler": compiler_version(),

@@ -26,8 +26,9 @@ MAX_REGISTERS = 255
 MIN_REGISTERS = 64
 
 
-def _tunable(default: Any, *choices: Any, of_step: bool = True) -> Any:
-    return field(default=default, metadata={"choices": choices, "of_step": of_step})
+def _tunable(default: Any, *choices: Any, of_step: bool = True, in_kernel: bool = True) -> Any:
+    metadata = {"choices": choices, "of_step": of_step, "in_kernel": in_kernel}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,7 @@ class DecodeConfig:
     key_stages: int = _tunable(1, 1, 2, 3)
     eager_values: bool = _tunable(False, False, True)
     strided_tiles: bool = _tunable(True, False, True)
-    waves: int = _tunable(1, 1, 2, 3, 4)
+    waves: int = _tunable(1, 1, 2, 3, 4, in_kernel=False)
     encode_warps: int = _tunable(8, 4, 8, 16, of_step=False)
 
     @classmethod
@@ -88,6 +89,10 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 #: The tunables that change the time of a decode step; the others change that of encoding alone.
 STEP_TUNABLES: tuple[str, ...] = tuple(
     tunable.name for tunable in fields(DecodeConfig) if tunable.metadata["of_step"]
+)
+#: The tunables that the kernels are compiled with; the others only choose a launch.
+KERNEL_TUNABLES: tuple[str, ...] = tuple(
+    tunable.name for tunable in fields(DecodeConfig) if tunable.metadata["in_kernel"]
 )
 
 
