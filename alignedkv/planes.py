@@ -116,6 +116,15 @@ def dither_class(token: NDArray[np.integer] | int, rows: int) -> NDArray[np.int6
     return (t % rows) ^ ((mixed >> 16) & (rows - 1))
 
 
+def random_streams(seed: int) -> tuple[int, int, int]:
+    """Seeds of the signs, the key dither and the value dither of one request.
+
+    Three streams that no two requests share: Theorems 6 and 7 want the tables independent of each
+    other and of the transform.
+    """
+    return 3 * seed, 3 * seed + 1, 3 * seed + 2
+
+
 def dither_table(rows: int, channels: int, *, seed: int, layout: PlaneLayout) -> NDArray[np.int32]:
     """P independent dither rows, uniform on the grid (1.3) of theory.md.
 

@@ -17,6 +17,7 @@ from alignedkv.planes import (
     encode_rows,
     pack_plane,
     padded_channels,
+    random_streams,
     row_bytes,
     unpack_plane,
 )
@@ -144,3 +145,8 @@ def test_what_cannot_be_packed_or_drawn_is_refused() -> None:
 def test_channels_are_padded_to_whole_products() -> None:
     assert [padded_channels(d) for d in (64, 80, 96, 128, 192, 256)] == [64, 96, 96, 128, 192, 256]
     assert padded_channels(1) == CHANNEL_MULTIPLE
+
+
+def test_no_two_requests_share_a_random_stream():
+    streams = [stream for seed in range(50) for stream in random_streams(seed)]
+    assert len(set(streams)) == len(streams)

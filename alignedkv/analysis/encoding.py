@@ -19,6 +19,7 @@ from alignedkv.planes import (
     dither_class,
     dither_table,
     padded_channels,
+    random_streams,
 )
 from alignedkv.policy import PrecisionPolicy
 from alignedkv.transform import KeyTransform, fit_key_transform
@@ -178,8 +179,7 @@ def encode_case(
     -----
     Statistics come from the case's ``prefill`` rows and its own queries.
     """
-    # Signs and tables from different streams: the dither is independent of what it is added to.
-    sign_seed, key_seed, value_seed = 3 * seed, 3 * seed + 1, 3 * seed + 2
+    sign_seed, key_seed, value_seed = random_streams(seed)
     prefill = case.prefill or case.tokens
     keys32 = np.ascontiguousarray(case.key, np.float32)
     values32 = np.ascontiguousarray(case.value, np.float32)

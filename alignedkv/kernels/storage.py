@@ -14,7 +14,7 @@ from alignedkv.errors import LaunchError, SpecError
 from alignedkv.formats import BF16, bf16_to_float32, float32_to_bf16_bits, round_to
 from alignedkv.kernels.arrays import Array, CacheArrays, HeadState
 from alignedkv.kernels.spec import MAX_TOKENS, DecodeSpec
-from alignedkv.planes import dither_table, row_bytes
+from alignedkv.planes import dither_table, random_streams, row_bytes
 from alignedkv.transform import random_signs
 
 #: bfloat16 scale of a row that held NaN or infinity: every bound that meets it is lost.
@@ -74,9 +74,10 @@ def allocate(
         else:
             block_table = zeros((batch, per_sequence), "int32")
     widths = spec.layout.widths[: spec.stored_planes]
+    sign_seed, *dither_seeds = random_streams(seed)
     tables = [
-        dither_table(spec.dither_rows, channels, seed=2 * seed + side, layout=spec.layout)
-        for side in (0, 1)
+        dither_table(spec.dither_rows, channels, seed=stream, layout=spec.layout)
+        for stream in dither_seeds
     ]
     heads = (batch, kv_heads, spec.head_dim)
     exact_shape = (batch, kv_heads, exact_first + exact_last, spec.head_dim)
@@ -87,7 +88,7 @@ def allocate(
         key_mean=zeros(heads, "float32"),
         balance=put(np.ones(heads, np.float32)),
         value_mean=zeros(heads, "float32"),
-        signs=put(random_signs(channels, seed=seed)),
+        signs=put(random_signs(channels, seed=sign_seed)),
         dither=put(np.stack(tables).astype(np.int16)),
         lengths=zeros((batch,), "int32"),
         starts=zeros((batch,), "int32"),

@@ -92,22 +92,36 @@ extern "C" __global__ void __launch_bounds__(kWarpSize * kFitRows)
   }
 }
 
+// log2 of a channel's size, as if none were 2^-20 times smaller than the largest: a channel that no
+// query uses, or whose keys are all alike, has no say in the balance of others (transform.py).
+__device__ __forceinline__ double log2_floored(double x, double largest) {
+  return log2(max(x, max(largest * 0x1p-20, 0x1p-1022)));
+}
+
 // Turn the spread that `fit` left in `balance` into powers of two (transform.py, _balance).
 // grid: B * Hkv; block: D threads
 extern "C" __global__ void __launch_bounds__(kHeadDim)
     fit_balance(const __grid_constant__ FitArguments arguments) {
   __shared__ double exponents[kHeadDim];
-  constexpr double kTiny = 0x1p-1022;
   constexpr double kMaxExponent = 13;  // transform.py, MAX_BALANCE_EXPONENT
   constexpr int kHalf = kHeadDim / 2;  // channels i and i + D/2 are a rotary pair
   const i64 first = static_cast<i64>(blockIdx.x) * kHeadDim;
   float* balance = arguments.cache.balance + first;
   const float* size = arguments.query_size + first;
-  const int c = threadIdx.x, low = c % kHalf, high = low + kHalf;
-  const double a = balance[low], b = balance[high];
-  const double spread = sqrt((a * a + b * b) / 2);
-  const double wanted = (static_cast<double>(size[low]) + size[high]) / 2;
-  exponents[c] = rint(0.5 * log2((spread + kTiny) / (wanted + kTiny)));
+  const auto spread_of = [&](int i) {
+    const double a = balance[i], b = balance[i + kHalf];
+    return sqrt((a * a + b * b) / 2);
+  };
+  const auto size_of = [&](int i) { return (static_cast<double>(size[i]) + size[i + kHalf]) / 2; };
+  const int c = threadIdx.x, low = c % kHalf;
+  double most_spread = 0, most_size = 0;
+#pragma unroll 1
+  for (int i = 0; i < kHalf; ++i) {
+    most_spread = max(most_spread, spread_of(i));
+    most_size = max(most_size, size_of(i));
+  }
+  const double spread = log2_floored(spread_of(low), most_spread);
+  exponents[c] = rint((spread - log2_floored(size_of(low), most_size)) / 2);
   __syncthreads();
   double largest = exponents[0];
 #pragma unroll 1
