@@ -64,11 +64,13 @@ class DeviceArray(NamedTuple):
         raise LaunchError(f"{name} is a {type(array).__name__}: give a torch or CuPy array")
 
     def has_contiguous_rows(self) -> bool:
-        """Whether elements of the last dimension lie side by side."""
-        return self.shape[-1] == 1 or self.strides[-1] == 1
+        """Whether elements of the last dimension lie side by side, if there are any."""
+        return 0 in self.shape or self.shape[-1] == 1 or self.strides[-1] == 1
 
     def is_contiguous(self) -> bool:
         """Whether elements lie in order without gaps (dimensions of one element do not matter)."""
+        if 0 in self.shape:
+            return True
         expected = contiguous_strides(self.shape)
         together = zip(self.shape, self.strides, expected, strict=True)
         return all(extent == 1 or stride == wanted for extent, stride, wanted in together)
