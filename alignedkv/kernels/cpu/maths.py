@@ -77,7 +77,12 @@ def add_scaled(numbers, factor, out):
         target[i] += factor * source[i]
 
 
-@fast
+# Digits.  A plane's digit moves the middle of a cell to that of the finer cell it names.  One loop
+# for each width, because a shift by a variable is no vector instruction; and the number of bytes is
+# an argument, because LLVM does not vectorise up to a bound that it has to load.
+
+
+@compiled
 def first_digits(plane, row, out, slot):
     """The first plane of a row, four bits wide, as cell middles -7.5 .. 7.5: steps of g.
 
@@ -88,38 +93,63 @@ def first_digits(plane, row, out, slot):
         From this row to ``out[slot]``.
     out : float32 array [slots, C]
     """
-    half = plane.shape[1]
-    for i in range(half):
-        byte = np.int32(plane[row, i])
-        out[slot, i] = np.float32(np.int32(byte & np.int32(15))) - np.float32(7.5)
-        out[slot, i + half] = np.float32(np.int32(byte >> np.int32(4))) - np.float32(7.5)
+    _set_nibbles(plane, row, np.float32(1.0), out, slot, plane.shape[1])
 
 
 @compiled
 def prefix_digits(planes, widths, row, count, out, slot):
     """The first ``count`` planes of a row as cell middles in units f, dither not subtracted."""
-    unread = 16 - widths[0]
-    first_digits(planes[0], row, out, slot)
-    for i in range(out.shape[1]):
-        out[slot, i] *= np.float32(1 << unread)
+    unread = 12
+    _set_nibbles(planes[0], row, np.float32(1 << unread), out, slot, planes[0].shape[1])
     for n in range(1, count):
-        width = widths[n]
-        unread -= width
-        _add_digits(planes[n], row, width, np.float32(1 << unread), out, slot)
+        unread -= widths[n]
+        step, stride = np.float32(1 << unread), planes[n].shape[1]
+        if widths[n] == 4:
+            _add_nibbles(planes[n], row, step, out, slot, stride)
+        elif widths[n] == 2:
+            _add_pairs(planes[n], row, step, out, slot, stride)
+        else:
+            _add_bytes(planes[n], row, step, out, slot, stride)
 
 
 @fast
-def _add_digits(plane, row, width, step, out, slot):
-    """Move the middle of the cell to that of the finer cell which a plane's digit names."""
-    per_byte = 8 // width
-    stride = plane.shape[1]
-    mask = np.int32((1 << width) - 1)
-    middle = np.float32(mask) * np.float32(0.5)
-    for k in range(per_byte):
-        shift = np.int32(width * k)
-        for i in range(stride):
-            digit = np.int32((np.int32(plane[row, i]) >> shift) & mask)
-            out[slot, k * stride + i] += (np.float32(digit) - middle) * step
+def _set_nibbles(plane, row, step, out, slot, stride):
+    for i in range(stride):
+        byte = np.int32(plane[row, i])
+        low = np.float32(np.int32(byte & np.int32(15))) - np.float32(7.5)
+        high = np.float32(np.int32(byte >> np.int32(4))) - np.float32(7.5)
+        out[slot, i] = low * step
+        out[slot, i + stride] = high * step
+
+
+@fast
+def _add_nibbles(plane, row, step, out, slot, stride):
+    for i in range(stride):
+        byte = np.int32(plane[row, i])
+        low = np.float32(np.int32(byte & np.int32(15))) - np.float32(7.5)
+        high = np.float32(np.int32(byte >> np.int32(4))) - np.float32(7.5)
+        out[slot, i] += low * step
+        out[slot, i + stride] += high * step
+
+
+@fast
+def _add_pairs(plane, row, step, out, slot, stride):
+    for i in range(stride):
+        byte = np.int32(plane[row, i])
+        first = np.float32(np.int32(byte & np.int32(3))) - np.float32(1.5)
+        second = np.float32(np.int32((byte >> np.int32(2)) & np.int32(3))) - np.float32(1.5)
+        third = np.float32(np.int32((byte >> np.int32(4)) & np.int32(3))) - np.float32(1.5)
+        fourth = np.float32(np.int32(byte >> np.int32(6))) - np.float32(1.5)
+        out[slot, i] += first * step
+        out[slot, i + stride] += second * step
+        out[slot, i + 2 * stride] += third * step
+        out[slot, i + 3 * stride] += fourth * step
+
+
+@fast
+def _add_bytes(plane, row, step, out, slot, stride):
+    for i in range(stride):
+        out[slot, i] += (np.float32(np.int32(plane[row, i])) - np.float32(127.5)) * step
 
 
 @fast
