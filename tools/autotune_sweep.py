@@ -35,7 +35,7 @@ from alignedkv.kernels.tune.wisdom import merge, ranking, winner_of, wisdom_path
 CAPTURED = "captured"
 #: Seconds until a measuring process must be ready, and answer: one that hangs is ended then.
 START_TIMEOUT_S = 300.0
-ANSWER_TIMEOUT_S = 30.0
+ANSWER_TIMEOUT_S = 15.0
 #: Seconds between lines of progress, and between writings of what is known so far.
 PROGRESS_S = 5.0
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alignedkv.errors import CompileError
+from alignedkv.errors import CompileError, TuningError
 from alignedkv.kernels.compile import Resources
 from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.tune.decide import settle
@@ -15,6 +15,9 @@ from alignedkv.kernels.tune.isolated import LostProcessError
 from alignedkv.kernels.tune.measure import Candidate
 from alignedkv.kernels.tune.search import Report, search
 from alignedkv.kernels.tune.trials import Status, Trial
+
+#: Measuring processes lost one after the other until the fault is not the candidates'.
+MAX_LOST = 5
 
 Build = Callable[[DecodeConfig], Mapping[str, Resources]]
 Ask = Callable[[Candidate], Trial]
@@ -61,9 +64,16 @@ class Tuner:
     def __init__(self, tolerance: float, build: Build, ask: Ask) -> None:
         self._tolerance, self._build, self._ask = tolerance, build, ask
         self._incumbent_us = math.inf
+        self._lost = 0
 
     def evaluate(self, config: DecodeConfig) -> Trial:
-        """Compile, check and time a configuration, as long as it may be the fastest."""
+        """Compile, check and time a configuration, as long as it may be the fastest.
+
+        Raises
+        ------
+        TuningError
+            If no measuring process survives: then it is not a matter of candidates.
+        """
         trial = self._measure(
             Candidate(config=config, tolerance=self._tolerance, incumbent_us=self._incumbent_us)
         )
@@ -84,7 +94,14 @@ class Tuner:
             return Trial(config=config, status=Status.COMPILE_FAILED, reason=str(error))
         try:
             trial = self._ask(candidate)
+            self._lost = 0
         except LostProcessError as error:
+            self._lost += 1
+            if self._lost >= MAX_LOST:
+                raise TuningError(
+                    f"{MAX_LOST} measuring processes were lost in a row, the last because: {error}."
+                    " See whether the GPU works; a journal resumes the search"
+                ) from error
             status = Status.TIMED_OUT if error.timed_out else Status.LAUNCH_FAILED
             trial = Trial(config=config, status=status, reason=str(error))
         facts = {

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from alignedkv.errors import TuningError
 from alignedkv.kernels.tune.replay import median_slowdown, replay
-from alignedkv.kernels.tune.trials import Status, Trial
+from alignedkv.kernels.tune.trials import Status, Sweep, Trial
 from landscapes import SPACE, made_up_sweep
 
 pytest.importorskip("optuna")
 
 SWEEP = made_up_sweep()
+#: Exhaustive sweeps of real GPUs.
+RECORDED = sorted((Path(__file__).parents[3] / "benchmarks" / "results").glob("sweep-*.json"))
 
 
 def test_an_exhaustive_replay_finds_the_first() -> None:
@@ -39,6 +42,14 @@ def test_tpe_beats_random_with_a_tenth_of_the_evaluations() -> None:
     )
     assert tpe <= 1.03
     assert tpe <= chance
+
+
+@pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
+def test_tpe_gets_within_3_percent_of_the_best_recorded(path: Path) -> None:
+    sweep = Sweep.load(path)
+    assert len(sweep.trials) >= 200
+    trials = len(sweep.trials) // 10
+    assert median_slowdown(sweep, strategy="tpe", trials=trials, seeds=range(20)) <= 1.03
 
 
 def test_a_sweep_without_an_answer_cannot_be_replayed() -> None:

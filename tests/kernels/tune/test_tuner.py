@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from alignedkv.errors import CompileError
+import pytest
+
+from alignedkv.errors import CompileError, TuningError
 from alignedkv.kernels.compile import Resources
 from alignedkv.kernels.config import DecodeConfig, default_config
 from alignedkv.kernels.target import SM90
 from alignedkv.kernels.tune.isolated import LostProcessError
 from alignedkv.kernels.tune.measure import Candidate
 from alignedkv.kernels.tune.trials import Status, Trial, fastest
-from alignedkv.kernels.tune.tuner import Budget, Tuner, tune
+from alignedkv.kernels.tune.tuner import MAX_LOST, Budget, Tuner, tune
 from landscapes import SPACE, SPEC, cost_us, timed
 
 TAKEN = Resources(
@@ -75,3 +77,14 @@ def test_the_default_is_tried_in_any_case_and_the_fastest_are_settled() -> None:
     assert default in {trial.config for trial in trials}
     assert max(repeats) >= 40, "such noise calls for another look"
     assert fastest(trials) is not None
+
+
+def test_a_gpu_that_never_answers_ends_the_search() -> None:
+    def dies(candidate: Candidate) -> Trial:
+        raise LostProcessError("ended with code -11")
+
+    tuner = Tuner(0.01, build, dies)
+    for config in SPACE[: MAX_LOST - 1]:
+        assert tuner.evaluate(config).status is Status.LAUNCH_FAILED
+    with pytest.raises(TuningError, match="whether the GPU works"):
+        tuner.evaluate(SPACE[MAX_LOST])
