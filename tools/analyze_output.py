@@ -26,6 +26,7 @@ from alignedkv.analysis.tables import (
     summarize_layers,
     summarize_schemes,
     summarize_tolerances,
+    tolerance_name,
 )
 from alignedkv.errors import AlignedKVError
 
@@ -125,7 +126,7 @@ def print_tables(findings: Findings) -> None:
     table.add_column("missed", justify="right")
     for total in summarize_tolerances(findings.requested):
         outputs = findings.requested[findings.requested["tolerance"] == total.tolerance]
-        table.add_row(f"[bold]tolerance {power_of_two(total.tolerance)}[/]")
+        table.add_row(f"[bold]tolerance {tolerance_name(total.tolerance)}[/]")
         for layer, summary in summarize_layers(outputs):
             table.add_row(f"  layer {layer}", *_cells(summary))
         table.add_row("  all", *_cells(total), style="bold", end_section=True)

@@ -16,9 +16,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from alignedkv.analysis.svg import HEAT_LEVELS, color, drawing, heat, series, to_svg
 from alignedkv.analysis.tables import (
     Findings,
-    power_of_two,
     summarize_schemes,
     summarize_tolerances,
+    tolerance_name,
 )
 from alignedkv.policy import BoundKind
 
@@ -53,7 +53,7 @@ def error_against_bytes(findings: Findings) -> str:
                 s.read_fraction + s.scale_fraction,
                 s.error_median,
                 s.error_max,
-                _raised(power_of_two(s.tolerance)),
+                _raised(tolerance_name(s.tolerance)),
                 _OURS,
             )
             for s in ours
@@ -102,7 +102,7 @@ def cost_of_tolerance(findings: Findings) -> str:
                 textcoords="offset points",
                 ha="center",
             )
-        axes.set_xticks(x, [_raised(power_of_two(s.tolerance)) for s in summaries])
+        axes.set_xticks(x, [_raised(tolerance_name(s.tolerance)) for s in summaries])
         axes.grid(axis="x", visible=False)
         axes.margins(y=0.12)
         axes.set_xlabel("tolerance")
@@ -125,7 +125,7 @@ def rows_per_plane(findings: Findings) -> str:
             x = np.arange(len(places)) + (i - (len(tolerances) - 1) / 2) * width
             heights = [100 * mean[(side, plane, tolerance)] for side, plane in places]
             axes.bar(
-                x, heights, width * 0.92, color=series(i), label=_raised(power_of_two(tolerance))
+                x, heights, width * 0.92, color=series(i), label=_raised(tolerance_name(tolerance))
             )
             if len(tolerances) <= 2:
                 # The first key plane is always read, which needs no number.

@@ -22,6 +22,7 @@ from alignedkv.analysis.tables import (
     summarize_layers,
     summarize_schemes,
     summarize_tolerances,
+    tolerance_name,
 )
 from alignedkv.policy import BoundKind
 
@@ -80,7 +81,7 @@ def _lead(asked: Sequence[Summary]) -> str:
     missed = sum(summary.misses for summary in asked)
     violated = sum(summary.violations for summary in asked)
     text = (
-        f"To keep the error of every attention output below {_power(loosest.tolerance)} of its "
+        f"To keep the error of every attention output below {_tolerance(loosest.tolerance)} of its "
         f"largest component, {_percent(loosest.read_fraction)} of the bytes of a 16-bit cache need "
         "to be read."
     )
@@ -109,7 +110,7 @@ def _card(summary: Summary) -> str:
     return (
         '<div class="card"><p class="figure">'
         f'{_percent(summary.read_fraction)}</p><p class="of">of the bytes at tolerance '
-        f"{_power(summary.tolerance)}</p><table>{_rows(rows)}</table></div>"
+        f"{_tolerance(summary.tolerance)}</p><table>{_rows(rows)}</table></div>"
     )
 
 
@@ -144,7 +145,7 @@ def _figures(findings: Findings, asked: Sequence[Summary]) -> Iterable[str]:
         yield _figure(
             f"Bits of {name} along the context",
             plots.bits_along_context(findings, side, tightest),
-            f"Tolerance {_power(tightest)}. Stretches double in length away from both ends, so "
+            f"Tolerance {_tolerance(tightest)}. Stretches double in length away from both ends, so "
             "that attention sinks (left) and recent tokens (right) can be seen.",
         )
 
@@ -171,7 +172,7 @@ def _scheme_table(
         )
 
     rows = [
-        line(f"<b>alignedkv, {_power(s.tolerance)}</b>", s.read_fraction + s.scale_fraction, s)
+        line(f"<b>alignedkv, {_tolerance(s.tolerance)}</b>", s.read_fraction + s.scale_fraction, s)
         for s in asked
     ] + [line(html.escape(s.scheme), s.read_fraction, s) for s in schemes]
     notes = "".join(
@@ -203,7 +204,7 @@ def _layer_tables(findings: Findings, asked: Sequence[Summary]) -> str:
             )
             for name, s in lines
         ]
-        parts.append(f"<h3>Tolerance {_power(total.tolerance)}</h3>{_table(head, rows)}")
+        parts.append(f"<h3>Tolerance {_tolerance(total.tolerance)}</h3>{_table(head, rows)}")
     return "\n".join(parts)
 
 
@@ -230,7 +231,15 @@ def _rows(rows: Iterable[Sequence[str]]) -> str:
 
 
 def _power(number: float) -> str:
-    base, caret, exponent = power_of_two(number).partition("^")
+    return _raised(power_of_two(number))
+
+
+def _tolerance(tolerance: float) -> str:
+    return _raised(tolerance_name(tolerance))
+
+
+def _raised(power: str) -> str:
+    base, caret, exponent = power.partition("^")
     return f"{base}<sup>{exponent.replace('-', '−')}</sup>" if caret else base
 
 

@@ -232,6 +232,11 @@ def power_of_two(number: float, digits: int = 1) -> str:
     return f"2^{int(exponent)}" if exponent.is_integer() else f"2^{exponent:.{digits}f}"
 
 
+def tolerance_name(tolerance: float) -> str:
+    """``2^-7``, or ``0.01`` where it is no power of two."""
+    return power_of_two(tolerance) if math.log2(tolerance).is_integer() else f"{tolerance:g}"
+
+
 class TokenTable:
     """The per-token table on its way into a parquet and a CSV file, batch by batch.
 

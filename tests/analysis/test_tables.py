@@ -27,6 +27,7 @@ from alignedkv.analysis.tables import (
     summarize_layers,
     summarize_schemes,
     summarize_tolerances,
+    tolerance_name,
 )
 from alignedkv.policy import PrecisionPolicy
 
@@ -180,3 +181,8 @@ def test_both_files_hold_the_same_rows(scores, tmp_path):
 )
 def test_errors_are_written_as_powers_of_two(number, text):
     assert power_of_two(number) == text
+
+
+@pytest.mark.parametrize(("tolerance", "text"), [(2.0**-7, "2^-7"), (0.01, "0.01"), (0.5, "2^-1")])
+def test_tolerances_are_written_exactly(tolerance, text):
+    assert tolerance_name(tolerance) == text
