@@ -61,6 +61,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--import-t4", type=Path, nargs=2, metavar=("FILE", "SWEEP"), help="T4 JSON to sweep")
     add("--show-wisdom", action="store_true", help="list the winners of --wisdom")
     add("--import-wisdom", type=Path, metavar="FILE", help="merge a file into --wisdom")
+    add("--export-wisdom", type=Path, metavar="FILE", help="merge --wisdom into a file")
     _add_problem(parser.add_argument_group("what is tuned"))
     _add_search(parser.add_argument_group("how"))
     options = parser.parse_args(argv)
@@ -301,6 +302,8 @@ def run_wisdom(options: argparse.Namespace) -> int:
         if not options.import_wisdom.exists():
             raise TuningError(f"{options.import_wisdom}: no such file; give a wisdom file")
         merge(path, read(options.import_wisdom))
+    if options.export_wisdom is not None:
+        merge(options.export_wisdom, read(path))
     for winner in read(path):
         gain = winner.default_us / winner.median_us if winner.default_us else float("nan")
         spec = winner.spec
@@ -324,6 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "import_t4": run_import_t4,
         "show_wisdom": run_wisdom,
         "import_wisdom": run_wisdom,
+        "export_wisdom": run_wisdom,
     }
     chosen = next((mode for name, mode in modes.items() if getattr(options, name)), run_sweep)
     try:

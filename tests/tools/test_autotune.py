@@ -184,6 +184,9 @@ def test_winners_travel_between_machines(
     assert autotune.main(["--import-wisdom", str(theirs), "--wisdom", str(ours)]) == 0
     assert read(ours) == read(theirs)
     assert "T~2^15" in capsys.readouterr().out
+    back = tmp_path / "back.json"
+    assert autotune.main(["--export-wisdom", str(back), "--wisdom", str(ours)]) == 0
+    assert back.read_text() == theirs.read_text()
     theirs.write_text("{")
     assert autotune.main(["--import-wisdom", str(theirs), "--wisdom", str(ours)]) == 2
     assert "move it away" in capsys.readouterr().err
