@@ -78,6 +78,27 @@ def cpu(channels: int, *, tile: int) -> Arithmetic:
     )
 
 
+def numba_cuda(*, tile: int) -> Arithmetic:
+    """The Numba CUDA kernels: words of digits and tiles of values in float32, all else in float64.
+
+    Notes
+    -----
+    q' is formed in float64 and rounded once.  A word of the first plane is a float32 sum of eight
+    products of up to 7.5 g, which err by gamma_8; one of a later plane has at most 16, but all
+    later planes together are within g / 2, so that gamma_8 (7.5 + 1) covers them.  Words, planes,
+    C_s and the exponential are float64.  Values: a coefficient rounded to float32, a float32 sum of
+    at most ``tile`` products, which are exact but for their rounding.
+    """
+    return Arithmetic(
+        score_norm1=REACH * gamma(10),
+        score_norm2=0.0,
+        refined_norm1=REACH * gamma(10),
+        weight=2.0**-36,
+        weight_rounding=0.0,
+        accumulation=gamma(tile + 2),
+    )
+
+
 def cuda(channels: int, block: int, *, accumulations: int) -> Arithmetic:
     """The CUDA kernels: int8 digit products, fp16 or 15-bit weights, float32 elsewhere.
 

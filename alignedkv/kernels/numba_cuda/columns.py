@@ -1,0 +1,97 @@
+"""What the three kernels of a step share: their arguments, and the columns of their workspace.
+
+Shapes use B sequences, Hkv KV heads, G query heads per KV head, C channels, N planes.  A *place* is
+one KV head of one sequence, ``b Hkv + h``; query heads of a place lie side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+# Columns of a query head's facts, fixed for a pass: lambda q.mean; the hints, log Z as scores are
+# counted (`plan`); lambda ||q'||_1 and lambda ||q'||_2; and b_t + e^a_t (theory.md, Lemma 3 and
+# (7.1)) over the key's row scale.
+BASE, LOG_Z, SPREAD, THETA, NORM1, NORM2, SHIFT = range(7)
+FACTS = 7
+
+# Columns of a split's sums: first those linear in the weights, then squares, then maxima.
+WEIGHT, REACH = range(2)
+# ... of an estimate
+SKIPPED, SECOND, KEY_SQUARE, VALUE_SQUARE, SAMPLED_SQUARE, SAMPLED_LARGEST = range(2, 8)
+ESTIMATE_SUMS, FIRST_SQUARE, AFTER_SQUARES = 8, 4, 7
+# ... of a deterministic bound: all linear
+VALUE_ERROR, ERROR, ERROR_SIZE, SMALLEST = range(2, 6)
+DETERMINISTIC_SUMS = 6
+
+
+class Stored(NamedTuple):
+    """`CacheArrays`, flattened: rows [rows, ...] and places [B Hkv, ...]."""
+
+    key_planes: Any  # 4 x uint32 [rows, C width / 32]; the first again where not stored
+    value_planes: Any  # 4 x uint8 [rows, C width / 8]
+    scales: Any  # uint32 [rows]
+    key_mean: Any  # float32 [B Hkv, D]
+    balance: Any  # float32 [B Hkv, D]
+    value_mean: Any  # float32 [B Hkv, D]
+    signs: Any  # float32 [C]
+    dither: Any  # int16 [2, P, C]
+    lengths: Any  # int32 [B]
+    starts: Any  # int32 [B]
+    block_table: Any  # int32 [B, pages]; of no meaning without pages
+    exact_keys: Any  # [B Hkv, slots, D] in row_dtype; of no meaning where none are kept
+    exact_values: Any
+    exact_first: int
+    exact_last: int
+    kv_heads: int
+    capacity: int
+
+
+class Asked(NamedTuple):
+    """Queries and hints, flattened to [B Hkv, G, ...]."""
+
+    query: Any  # query_dtype [B Hkv, G, D]
+    log_z: Any  # float32 [B Hkv, G]
+    spread: Any
+    theta: Any
+    step: Any  # uint32 [1]
+    sinks: Any  # float32 [H]; of no meaning without sinks
+
+
+class Step(NamedTuple):
+    """A step's numbers: see `StepArguments`."""
+
+    scaling: float
+    tolerance: float
+    deviations: float
+    share: float  # chi, times SAMPLING_FACTOR where rows are sampled
+    margin: float
+    softcap: float
+    window: int
+    seed: int  # modulo 2^32
+    repairs: int
+
+
+class Work(NamedTuple):
+    """Between the kernels of a step: S splits."""
+
+    queries: Any  # float32 [B Hkv, G, C]: lambda q'
+    products: Any  # float64 [B Hkv, G, P]: lambda q'.U_s in units of g
+    facts: Any  # float64 [B Hkv, G, FACTS]
+    wanted: Any  # uint8 [repairs + 2, B Hkv, G]: 1 where a pass has to run
+    tops: Any  # float64 [B Hkv, S, G]: largest score of a split
+    sums: Any  # float64 [B Hkv, S, G, SUMS]
+    outputs: Any  # float64 [B Hkv, S, G, C]
+
+
+class Answer(NamedTuple):
+    """`DecodeResult`, flattened like `Asked`."""
+
+    output: Any  # query_dtype [B Hkv, G, D]
+    bound: Any  # float32 [B Hkv, G]
+    size: Any
+    missed: Any  # uint8 [B Hkv, G]
+    reads: Any  # uint32 [B Hkv, 2, N]
+    log_z: Any  # float32 [B Hkv, G]
+    spread: Any
+    theta: Any
+    step: Any  # uint32 [1]

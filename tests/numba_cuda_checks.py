@@ -1,0 +1,56 @@
+"""What a step by the Numba CUDA kernels must be, in the simulator and on a GPU."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from alignedkv.formats import BF16, FP16, FP32
+from alignedkv.kernels import arithmetic, numba_cuda, reference
+from alignedkv.kernels.arrays import DecodeResult, HeadState
+from alignedkv.kernels.storage import to_float32
+from problems import RECIPES, Problem
+
+#: The recipes that these kernels take: all but those of a statistical bound.
+NAMES = [name for name, made in RECIPES.items() if made.policy.get("bound") != "statistical"]
+
+_UNIT = {"float16": FP16, "bfloat16": BF16, "float32": FP32}
+
+
+def probed(problem: Problem) -> HeadState:
+    """The reference's state, from which all steps of a comparison start."""
+    p = problem
+    return reference.probe(
+        p.spec, p.cache, p.query, p.arguments, start_theta=p.start_theta, sinks=p.sinks
+    )
+
+
+def check_step(problem: Problem, state: HeadState, found: DecodeResult) -> None:
+    """Compare a step (NumPy arrays) with exact attention and with the reference's step."""
+    p, spec = problem, problem.spec
+    wanted = reference.decode(spec, p.cache, p.query, state, p.arguments, sinks=p.sinks)
+    for name in ("output", "bound", "size", "missed", "reads"):
+        assert getattr(found, name).shape == getattr(wanted, name).shape
+        assert getattr(found, name).dtype == getattr(wanted, name).dtype
+
+    output = to_float32(found.output, spec.query_dtype).astype(np.float64)
+    exact = p.exact().output
+    u, tiny = _UNIT[spec.query_dtype].unit_roundoff, _UNIT[spec.query_dtype].smallest_subnormal
+    # Rounded to float32 and then to the output's type.
+    rounding = (u / (1 - u) + 2.0**-24) * np.maximum(np.abs(output), np.abs(exact)).max(-1) + tiny
+    assert (np.abs(output - exact).max(axis=-1) <= found.bound + rounding).all()
+
+    np.testing.assert_array_equal(found.reads, wanted.reads)
+    assert (found.bound >= wanted.bound).all()
+    # The float32 of scores is below a sixteenth of what four planes leave open; that of values is
+    # c_acc 8.5 g, and 7.5 g is at most the largest distance of a value from the mean, rounded up.
+    model = arithmetic.numba_cuda(tile=numba_cuda.THREADS)
+    largest = 2 * np.abs(p.values).max() * (1 + 2.0**-7) / 7.5
+    sums = model.accumulation * arithmetic.REACH * largest
+    assert (found.bound <= 1.0625 * wanted.bound + sums).all()
+    np.testing.assert_array_equal(found.missed, wanted.missed)
+
+    np.testing.assert_allclose(found.state.log_z, wanted.state.log_z, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.state.spread, wanted.state.spread, rtol=1e-4)
+    np.testing.assert_allclose(found.size, wanted.size, rtol=1e-4)
+    np.testing.assert_allclose(found.state.theta, wanted.state.theta, rtol=0.0625)
+    assert found.state.step[0] == wanted.state.step[0]
