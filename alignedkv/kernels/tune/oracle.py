@@ -177,7 +177,8 @@ def why_wrong(spec: DecodeSpec, case: CheckCase, found: DecodeResult) -> str:
     Reads may differ from the reference's where a row lies at a threshold up to rounding.  A row
     read deeper takes at most its addend away from the bound, which at the threshold is theta:
     together sqrt(n) z theta where addends add up in squares (theory.md, Theorem 7, Estimate 9), and
-    n theta sqrt(3 C) in Theorem 5, sqrt(3 C) being the largest error over the standard error.
+    n theta sqrt(3 C) in Theorem 5, sqrt(3 C) being the largest error over the standard error.  A
+    value row that was read instead of skipped takes chi theta away, whatever the kind.
     """
     if reason := why_outside_bound(spec, found.output, found.bound, case.exact):
         return reason
@@ -190,6 +191,8 @@ def why_wrong(spec: DecodeSpec, case: CheckCase, found: DecodeResult) -> str:
         allowance = rows * theta * math.sqrt(3.0 * spec.channels)
     else:
         allowance = np.sqrt(rows) * theta * case.arguments.deviations
+    skipped = np.repeat(differing[..., 1, 0], group, axis=1)
+    allowance = allowance + skipped * case.arguments.skip_share * theta
     least = expected.bound.astype(np.float64) * (1.0 - BOUND_ROUNDING) - allowance
     if (found.bound < least).any():
         b, h = (int(i) for i in np.argwhere(found.bound < least)[0])
