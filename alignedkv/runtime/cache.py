@@ -11,12 +11,7 @@ from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    STATIC_LAYER_TYPE_MAPPING,
-    Cache,
-    get_layer_types_and_kwargs,
-)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache
 
 from alignedkv.errors import BoundMissedError
 from alignedkv.runtime.layer import Output, PlaneLayer, StockAttention
@@ -25,14 +20,11 @@ from alignedkv.runtime.monitor import Monitor
 from alignedkv.runtime.plan import AttentionFacts
 from alignedkv.runtime.request import OnMiss, Request
 
-#: The layer type whose keys and values become planes.
-SERVED = "full_attention"
-
 
 def served_layers(config: PreTrainedConfig) -> list[int]:
-    """Layers of a model that keep planes."""
-    types, _ = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
-    return [index for index, kind in enumerate(types) if kind == SERVED]
+    """Layers of a model that keep planes: those whose stock layer keeps all tokens."""
+    stock = DynamicCache(config=config)
+    return [index for index, layer in enumerate(stock.layers) if type(layer) is DynamicLayer]
 
 
 class AlignedKVCache(Cache):
@@ -61,31 +53,28 @@ class AlignedKVCache(Cache):
         max_cache_len: int | None = None,
         offloading: bool = False,
     ) -> None:
-        config = config.get_text_config(decoder=True)
-        types, arguments = get_layer_types_and_kwargs(config)
+        stock: Cache
+        if max_cache_len is None:
+            stock = DynamicCache(config=config)
+        else:
+            stock = StaticCache(config, max_cache_len=max_cache_len)
         self.request = Request() if request is None else request
         self.served = served_layers(config)
         self.monitor = Monitor(self.served) if monitor is None else monitor
-        heads = config.num_attention_heads
-        group = heads // (getattr(config, "num_key_value_heads", None) or heads)
-        layers: list[Any] = []
-        for index, (kind, kwargs) in enumerate(zip(types, arguments, strict=True)):
-            if kind != SERVED:
-                if max_cache_len is None:
-                    layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**kwargs))
-                else:
-                    layer = STATIC_LAYER_TYPE_MAPPING[kind]
-                    layers.append(layer(max_cache_len=max_cache_len, **kwargs))
-                continue
+        decoder = config.get_text_config(decoder=True)
+        heads = decoder.num_attention_heads
+        group = heads // (getattr(decoder, "num_key_value_heads", None) or heads)
+        layers: list[Any] = list(stock.layers)
+        for position, index in enumerate(self.served):
             facts: dict[str, Any] = {
                 "group": group,
                 "monitor": self.monitor,
-                "position": self.served.index(index),
+                "position": position,
             }
             if max_cache_len is None:
-                layers.append(DynamicPlaneLayer(self.request, **facts))
+                layers[index] = DynamicPlaneLayer(self.request, **facts)
             else:
-                layers.append(StaticPlaneLayer(self.request, max_cache_len=max_cache_len, **facts))
+                layers[index] = StaticPlaneLayer(self.request, max_cache_len=max_cache_len, **facts)
         super().__init__(layers=layers, offloading=offloading)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AlignedKVCache:

@@ -35,10 +35,6 @@ class DynamicPlaneLayer(PlaneLayer):
         """No limit but that of the kernels."""
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """`get_max_length`, under its older name."""
-        return self.get_max_length()
-
     def reset(self) -> None:
         """Forget all tokens; the memory stays for the next request."""
         super().reset()
@@ -118,10 +114,6 @@ class StaticPlaneLayer(PlaneLayer):
     def get_max_length(self) -> int:
         """Tokens that there is room for."""
         return self.max_cache_len
-
-    def get_max_cache_shape(self) -> int:
-        """`get_max_length`, under its older name."""
-        return self.get_max_length()
 
     def reset(self) -> None:
         """Forget all tokens; addresses stay."""

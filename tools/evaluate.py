@@ -1,0 +1,190 @@
+#!/usr/bin/env python
+"""What a KV cache of bit planes does to a model: predictions, needles, speed and memory.
+
+Next-token predictions along a text, after one exact prompt, beside those of the stock model in the
+same dtype: perplexity, KL divergence, agreement of the most probable token; for alignedkv at
+several tolerances and for others' caches.  Along the model's own greedy continuation (--greedy),
+agreement everywhere means that generating would have given the same tokens.
+
+    python tools/evaluate.py path/to/model --text book.txt --context 4096 --positions 128
+    python tools/evaluate.py folder --gguf model.gguf --text book.txt --greedy --rivals none
+    python tools/evaluate.py path/to/model --text book.txt --needle 1024,4096 --json out.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from transformers import DynamicCache
+
+from alignedkv import runtime
+from alignedkv.errors import AlignedKVError
+from alignedkv.policy import BoundKind, PrecisionPolicy
+from evallib import candidates, measures, needle, plot
+from evallib.text import CACHE, DTYPES, EvaluationError, Subject, load
+
+
+def numbers(text: str) -> list[float]:
+    """``"3,5,7"`` -> numbers."""
+    return [float(part) for part in text.split(",") if part]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="model folder or hub name")
+    parser.add_argument("--gguf", help="GGUF file inside the folder; it is dequantised")
+    parser.add_argument("--text", type=Path, required=True, help="text file")
+    parser.add_argument("--context", type=int, default=4096, help="tokens of the prompt")
+    parser.add_argument("--positions", type=int, default=128, help="predictions compared")
+    parser.add_argument(
+        "--greedy", action="store_true", help="follow the model's greedy continuation, not the text"
+    )
+    parser.add_argument(
+        "--bits", type=numbers, default=[3, 4, 5, 6, 7], help="tolerances 2^-bits, e.g. 3,5,7"
+    )
+    parser.add_argument("--bound", choices=list(BoundKind), default="estimate")
+    parser.add_argument(
+        "--rivals", default="all", help="'all', 'none' or names separated by commas"
+    )
+    parser.add_argument("--speed-steps", type=int, default=0, help="decode steps to time")
+    parser.add_argument("--needle", type=numbers, default=[], help="contexts, e.g. 1024,4096")
+    parser.add_argument("--depths", type=numbers, default=[0.1, 0.5, 0.9], help="of the needle")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--plots", type=Path, help="folder for plots")
+    options = parser.parse_args(argv)
+    if min(options.context, options.positions - 1) < 1:
+        parser.error("give --context of at least 1 and --positions of at least 2")
+    return options
+
+
+def greedy(subject: Subject, cache: DynamicCache, first: torch.Tensor) -> Subject:
+    """The subject whose text goes on with the model's own greedy continuation."""
+    tokens = [first]
+    with torch.no_grad():
+        for _ in range(subject.following.shape[1] - 1):
+            logits = subject.model(tokens[-1], **{CACHE: cache}).logits
+            tokens.append(logits[:, -1].argmax(dim=-1, keepdim=True))
+    return dataclasses.replace(subject, tokens=torch.cat([subject.prompt, *tokens], dim=1))
+
+
+def predictions(subject: Subject, options: argparse.Namespace) -> tuple[Subject, pd.DataFrame]:
+    """A row of figures for every candidate, and the subject whose text they followed."""
+    chosen: list[Any] = [candidates.Stock()]
+    chosen += [candidates.planes_at(bits, bound=options.bound) for bits in options.bits]
+    if options.rivals != "none":
+        chosen += candidates.rivals(options.rivals.split(","))
+    prompt = DynamicCache(config=subject.model.config)
+    with torch.no_grad():
+        answer = subject.model(subject.prompt, **{CACHE: prompt}, logits_to_keep=1)
+    if options.greedy:
+        again = candidates.copy_of(prompt, subject)
+        subject = greedy(subject, again, answer.logits[:, -1].argmax(dim=-1, keepdim=True))
+    rows, exact = [], None
+    for candidate in chosen:
+        start = time.perf_counter()
+        found = candidate.follow(subject, prompt)
+        exact = found.logits if exact is None else exact
+        figures = measures.fidelity(found.logits, exact, subject.following[0])
+        rows.append(
+            {
+                "name": candidate.name,
+                "read_fraction": found.read_fraction,
+                **dataclasses.asdict(figures),
+                "misses": found.misses,
+                "seconds": time.perf_counter() - start,
+            }
+        )
+        print(rows[-1], file=sys.stderr)
+    return subject, pd.DataFrame(rows)
+
+
+def costs(subject: Subject, options: argparse.Namespace) -> pd.DataFrame:
+    """Speed and memory of the stock cache and of every tolerance."""
+    policies: list[tuple[str, PrecisionPolicy | None]] = [("stock", None)]
+    for bits in options.bits:
+        planes = candidates.planes_at(bits, bound=options.bound)
+        policies.append((planes.name, planes.policy))
+    rows = []
+    for name, policy in policies:
+        found = measures.cost(subject, policy, steps=options.speed_steps)
+        rows.append({"name": name, **dataclasses.asdict(found)})
+    return pd.DataFrame(rows)
+
+
+def needles(subject: Subject, options: argparse.Namespace) -> pd.DataFrame:
+    """Whether the needle is found, by candidate, context and depth."""
+    rows = []
+    contexts = [int(context) for context in options.needle]
+    for bits in (None, *options.bits):
+        planes = None if bits is None else candidates.planes_at(bits, bound=options.bound)
+        found = needle.sweep(
+            subject,
+            None if planes is None else planes.policy,
+            contexts=contexts,
+            depths=options.depths,
+        )
+        name = "stock" if planes is None else planes.name
+        rows += [
+            {"name": name, "context": context, "depth": depth, "found": hit}
+            for (context, depth), hit in found.items()
+        ]
+    return pd.DataFrame(rows)
+
+
+def run(options: argparse.Namespace) -> dict[str, pd.DataFrame]:
+    """All tables that the options ask for."""
+    subject = load(
+        options.model,
+        gguf=options.gguf,
+        dtype=options.dtype,
+        device=options.device,
+        text=options.text,
+        context=options.context,
+        positions=options.positions,
+    )
+    print(runtime.forecast(subject.model, context=options.context), file=sys.stderr)
+    subject, table = predictions(subject, options)
+    tables = {"predictions": table}
+    if options.speed_steps:
+        tables["costs"] = costs(subject, options)
+    if options.needle:
+        tables["needles"] = needles(subject, options)
+    return tables
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line that says what was wrong."""
+    options = parse(argv)
+    try:
+        tables = run(options)
+    except (EvaluationError, AlignedKVError, ValueError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    for title, table in tables.items():
+        print(f"\n{title}\n{table.to_string(index=False, float_format='{:.4g}'.format)}")
+    if options.json:
+        records = {title: table.to_dict("records") for title, table in tables.items()}
+        settings = {name: str(value) for name, value in vars(options).items()}
+        options.json.write_text(json.dumps({"options": settings, **records}, indent=1))
+    if options.plots:
+        options.plots.mkdir(parents=True, exist_ok=True)
+        plot.plot_fidelity(tables["predictions"], options.plots / "fidelity.svg")
+        if "needles" in tables:
+            plot.plot_needles(tables["needles"], options.plots / "needles.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
