@@ -169,10 +169,8 @@ class Journal:
     def record(self, claim: Claim, trial: Trial) -> None:
         """Keep a trial; one that failed counts as far slower than any right one."""
         known = [t.median_us for t in self.trials() if t.status is Status.OK]
-        failed = FAILED_FACTOR * max(known, default=_FAILED_US)
-        value = trial.median_us if trial.status is Status.OK else failed
         self._set(claim.number, "trial", json.dumps(trial_facts(trial)))
-        self._study.tell(claim.number, value)
+        self._study.tell(claim.number, _value(trial, max(known, default=_FAILED_US)))
 
     def release(self, claim: Claim) -> None:
         """Fail the trial without a result, which frees its configuration."""
@@ -193,9 +191,11 @@ class Journal:
         """Configurations that nobody has tried or is trying, in order."""
         state = _optuna().trial.TrialState
         states = (state.RUNNING, state.COMPLETE)
+        # A claim has its worker's name before the next one begins: one without is a dead one's.
         taken = {
             _config(frozen.params)
             for frozen in self._study.get_trials(deepcopy=False, states=states)
+            if "worker" in frozen.user_attrs
         }
         return dict.fromkeys(config for config in self._order if config not in taken)
 
@@ -304,12 +304,21 @@ def _dead(worker: str) -> bool:
 
 
 def _release_dead_workers(study: optuna.Study) -> None:
-    """Give up what a killed worker was trying, so that it is tried again."""
+    """Give up what a killed worker was trying, so that it is tried again, but for known results."""
     state = _optuna().trial.TrialState
     for frozen in _running(study):
-        worker = frozen.user_attrs.get("worker")
-        if worker is not None and _dead(worker):
+        worker, text = (frozen.user_attrs.get(name) for name in ("worker", "trial"))
+        if worker is None or not _dead(worker):
+            continue
+        if text is None:
             study.tell(frozen.number, state=state.FAIL)
+        else:
+            study.tell(frozen.number, _value(trial_from(json.loads(text)), _FAILED_US))
+
+
+def _value(trial: Trial, slowest_us: float) -> float:
+    """What TPE is told: the time, or one far beyond the slowest right one."""
+    return trial.median_us if trial.status is Status.OK else FAILED_FACTOR * slowest_us
 
 
 def _running(study: optuna.Study) -> Iterator[optuna.trial.FrozenTrial]:

@@ -99,6 +99,9 @@ from landscapes import SPACE, timed
 from alignedkv.kernels.tune.search import search
 tried = []
 def evaluate(config):
+    if len(tried) == 2 and {when!r} == "recording":
+        import optuna
+        optuna.Study.tell = lambda *facts, **more: os._exit(9)
     if len(tried) == 3:
         os._exit(9)
     tried.append(config)
@@ -107,9 +110,13 @@ search(SPACE[:6], evaluate, strategy="grid", journal=Path({journal!r}))
 """
 
 
-def test_a_killed_search_resumes_even_where_it_was_killed_while_writing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["trying", "recording"])
+def test_a_killed_search_resumes_even_where_it_was_killed_while_writing(
+    when: str, tmp_path: Path
+) -> None:
     journal = tmp_path / "study.log"
-    script = KILLED.format(tests=str(Path(__file__).parents[2]), journal=str(journal))
+    tests = str(Path(__file__).parents[2])
+    script = KILLED.format(tests=tests, journal=str(journal), when=when)
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
     with journal.open("ab") as file:
         file.write(b'{"op_code": 6, "worker_')
