@@ -36,7 +36,7 @@ from alignedkv.kernels.tune.measure import obstacle
 from alignedkv.kernels.tune.replay import replay
 from alignedkv.kernels.tune.search import STRATEGIES
 from alignedkv.kernels.tune.t4 import from_t4, to_t4
-from alignedkv.kernels.tune.trials import Sweep, write_whole
+from alignedkv.kernels.tune.trials import Status, Sweep, fastest, write_whole
 from alignedkv.kernels.tune.wisdom import merge, read, wisdom_path
 from alignedkv.planes import PlaneLayout
 from alignedkv.policy import BoundKind
@@ -139,7 +139,7 @@ def spec_of(options: argparse.Namespace) -> DecodeSpec:
 
 
 def run_sweep(options: argparse.Namespace) -> int:
-    """Sweep this machine's GPU."""
+    """Sweep this machine's GPU; exit code 1 where no configuration was right."""
     if reason := obstacle():
         print(
             f"autotune: {reason}: nothing to measure on; --replay FILE searches a recorded sweep",
@@ -148,7 +148,7 @@ def run_sweep(options: argparse.Namespace) -> int:
         return 2
     sweeps = sweep_all(options, spec_of(options))
     present(options, sweeps)
-    return 0
+    return int(any(fastest(sweep.trials) is None for sweep in sweeps))
 
 
 def run_report(options: argparse.Namespace) -> int:
@@ -182,11 +182,22 @@ def summary(sweep: Sweep) -> dict[str, object]:
         "card": sweep.card,
         "trials": len(sweep.trials),
         "statuses": dict(Counter(str(trial.status) for trial in sweep.trials)),
+        "failures": failures(sweep),
         "best_us": ranked[0].median_us if ranked else None,
         "best": asdict(ranked[0].config) if ranked else None,
         "default_us": default.median_us if default and default.times_us else None,
         "gain": sweep.gain,
     }
+
+
+def failures(sweep: Sweep) -> dict[str, str]:
+    """An example of every kind of failure: the configuration and the first line of the reason."""
+    found: dict[str, str] = {}
+    for trial in sweep.trials:
+        if trial.status is not Status.OK:
+            reason = trial.reason.partition("\n")[0]
+            found.setdefault(str(trial.status), f"{describe(trial.config)}: {reason}")
+    return found
 
 
 def table(sweep: Sweep) -> list[str]:
@@ -198,6 +209,7 @@ def table(sweep: Sweep) -> list[str]:
         "",
         f"{title_of(sweep.problem)}  [{sweep.card}]",
         "  " + ", ".join(f"{count} {status}" for status, count in statuses.items()) + gain,
+        *(f"  {status}, such as {example}" for status, example in failures(sweep).items()),
         f"  {'rank':>4} {'us':>9} {'spread':>7} {'read':>6} {'bound':>9} {'error':>9}  tunables",
     ]
     shown = list(enumerate(ranked, start=1))

@@ -21,7 +21,7 @@ from alignedkv.kernels.compile import Resources
 from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.target import SM90
 from alignedkv.kernels.tune.measure import Candidate
-from alignedkv.kernels.tune.trials import Sweep, Trial
+from alignedkv.kernels.tune.trials import Status, Sweep, Trial
 from alignedkv.kernels.tune.wisdom import find, read, winner_of, wisdom_path
 from conftest import why_no_gpu
 from landscapes import PROBLEM, SPACE, SPEC, cost_us, made_up_sweep, timed
@@ -164,6 +164,26 @@ def test_a_sweep_without_a_right_answer_has_a_page_that_says_so(tmp_path: Path) 
     made_up_sweep(trials=()).save(path)
     assert autotune.main(["--report", str(path), "--out", str(tmp_path)]) == 0
     assert "had a right answer" in (tmp_path / "index.html").read_text()
+
+
+def test_failures_are_told_with_an_example(
+    made_up_gpu: list[Candidate],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def ask(self: object, candidate: Candidate) -> Trial:
+        reason = "output 1 is 0.5 from the exact one\nand more"
+        return Trial(config=candidate.config, status=Status.WRONG_ANSWER, reason=reason)
+
+    monkeypatch.setattr(autotune_sweep.Isolated, "ask", ask)
+    command = ["--search", "grid", "--trials", "3", "--out", str(tmp_path)]
+    assert autotune.main(command) == 1
+    said = capsys.readouterr()
+    assert "4 wrong answer" in said.out
+    assert re.search(r"such as warps=.*: output 1 is 0\.5 from the exact one$", said.out, re.M)
+    assert "nothing is kept" in said.err
+    assert not wisdom_path(SM90).exists()
 
 
 def test_t4_from_the_command_line(sweep_file: Path, tmp_path: Path) -> None:
