@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignedkv.kernels import numba_cuda, reference
+from alignedkv.kernels import arithmetic, numba_cuda, reference
 from alignedkv.kernels.arrays import CacheArrays, DecodeResult, HeadState
+from alignedkv.kernels.numba_cuda import columns
+from alignedkv.kernels.numba_cuda.emit import compiled
+from alignedkv.kernels.reference_plan import key_transform, read_rows, score_rows
 from numba_cuda_checks import NAMES, check_step, probed
 from problems import RECIPES, SMALL, Problem, Recipe, make, recipe
 from strategies import ADVERSARIAL, Shape
@@ -89,6 +92,18 @@ def tiny(large: Recipe) -> Recipe:
     )
 
 
+#: What the shared recipes leave out once they are tiny.
+MORE = {
+    # The order of dither rows is a hash of the block of tokens, and the identity in the first.
+    "later-classes": Recipe(
+        shape=Shape(batch=1, kv_heads=1, group=1, tokens=90),
+        policy={"dither_rows": 32, "bound": "deterministic"},
+        starts=(70,),
+    ),
+    "all-rows-exact-certain": recipe(policy={"exact_first": 200, "bound": "deterministic"}),
+}
+
+
 def run(problem: Problem, state: HeadState, **options: Any) -> DecodeResult:
     p = problem
     return numba_cuda.decode(p.spec, p.cache, p.query, state, p.arguments, sinks=p.sinks, **options)
@@ -99,6 +114,51 @@ def test_a_step_is_the_reference_s(name: str) -> None:
     problem = make(tiny(RECIPES[name]))
     state = probed(problem)
     check_step(problem, state, run(problem, state, splits=1))
+
+
+def test_later_blocks_of_dither_rows_are_those_of_the_reference() -> None:
+    problem = make(MORE["later-classes"])
+    state = probed(problem)
+    check_step(problem, state, run(problem, state))
+
+
+def test_rows_that_are_all_exact_have_no_error_but_of_sums() -> None:
+    problem = make(tiny(MORE["all-rows-exact-certain"]))
+    state = probed(problem)
+    check_step(problem, state, run(problem, state))
+
+
+@pytest.mark.parametrize("name", ["d80-g1", "softcap"])
+def test_prepared_facts_are_the_reference_s(name: str) -> None:
+    p = make(tiny(RECIPES[name]))
+    arguments = numba_cuda.launch_arguments(
+        p.spec, p.cache, p.query, probed(p), p.arguments, sinks=None, splits=1
+    )
+    cached, _, _, work, _ = arguments
+    kernels = compiled(p.spec, threads=numba_cuda.THREADS)
+    kernels.prepare[(1, p.spec.group), numba_cuda.THREADS](*arguments)
+
+    query = p.query[0].astype(np.float64)
+    transform = key_transform(p.cache, 0, 0)
+    rows = read_rows(p.spec, p.cache, 0, 0, np.arange(3))
+    scores = score_rows(p.spec, p.arguments, transform, rows, query)
+    turned = p.arguments.scaling * transform.exact_queries(query)
+    model = arithmetic.numba_cuda(tile=numba_cuda.THREADS)
+    norm1 = np.abs(turned).sum(axis=-1)
+    shift = (scores.shift / rows.keys.scale)[:, 0] + model.score_norm1 * norm1
+    dither = cached.dither[0] * 2.0**-4 / 4096
+    np.testing.assert_allclose(work.queries[0], turned, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(work.products[0], turned @ dither.T, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(work.facts[0, :, columns.NORM1], norm1, rtol=1e-12)
+    np.testing.assert_allclose(work.facts[0, :, columns.SHIFT], shift, rtol=1e-12)
+
+
+def test_theta_zero_asks_for_every_plane_whatever_the_weight() -> None:
+    p = make(tiny(RECIPES["estimate"]))
+    state = probed(p)
+    state = replace(state, theta=np.zeros_like(state.theta), log_z=np.full_like(state.log_z, 1e4))
+    p = replace(p, arguments=replace(p.arguments, repairs=0))
+    assert (run(p, state).reads == p.keys.shape[2]).all()
 
 
 @pytest.mark.parametrize("data", ADVERSARIAL)
