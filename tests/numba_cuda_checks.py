@@ -39,7 +39,7 @@ def check_step(problem: Problem, state: HeadState, found: DecodeResult) -> None:
     rounding = (u / (1 - u) + 2.0**-24) * np.maximum(np.abs(output), np.abs(exact)).max(-1) + tiny
     assert (np.abs(output - exact).max(axis=-1) <= found.bound + rounding).all()
 
-    # How much finer a repair reads depends on the bound before it, but for the last, which reads all.
+    # How much finer a repair reads depends on the bound before it; the last one reads everything.
     same = (found.reads == wanted.reads).all()
     assert same or p.arguments.repairs > 1
     assert (found.bound >= wanted.bound).all() or not same
