@@ -161,6 +161,7 @@ def decode(options: argparse.Namespace) -> int:
                 key_layout=options.layout,
                 value_layout=options.layout,
                 sample_values=options.sample_values,
+                exact_first=options.exact_first,
             )
             try:
                 ours = OurStep(inputs, policy, config=config)
@@ -354,6 +355,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     timed.add_argument("--failure", type=float, default=1e-9)
     timed.add_argument("--layout", default="4|4|4|4")
     timed.add_argument("--sample-values", action="store_true")
+    timed.add_argument("--exact-first", type=int, default=0, help="first rows kept exact")
     timed.add_argument("--set", nargs="*", default=[], metavar="TUNABLE=VALUE")
     published = commands.add_parser("paper", help="the AlignedKV paper's kernel, on a GPU")
     published.set_defaults(run=paper, tolerances=[])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignedkv.kernels import launch
 from alignedkv.kernels.arrays import CacheArrays, DecodeResult, StepArguments
-from alignedkv.kernels.config import DecodeConfig, default_config
+from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.device import device_target
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import allocate, bytes_read
@@ -84,7 +84,7 @@ class OurStep:
         float16 or bfloat16, on the GPU.
     policy : PrecisionPolicy
     config : DecodeConfig, optional
-        The untuned default if not given.
+        What wisdom knows, or the default, if not given.
     copies : int, optional
         Caches to rotate over; by default as many as make one rotation read `COLD_BYTES`.
     """
@@ -107,8 +107,6 @@ class OurStep:
             query_dtype=dtype,
             row_dtype=dtype,
         )
-        target = device_target(inputs.k.device.index or 0)
-        self.config = config or default_config(self.spec, target)
         self.arguments = StepArguments.from_policy(
             policy,
             scaling=1 / math.sqrt(shape.head_dim),
@@ -116,8 +114,10 @@ class OurStep:
             tokens=shape.tokens,
         )
         first = self._fill()
+        self.config = config or launch.configuration(self.spec, first)
         count = _copies(shape) if copies is None else copies
         self.caches = [first, *(_copy(first) for _ in range(count - 1))]
+        target = device_target(inputs.k.device.index or 0)
         self.workspace = allocate_workspace(
             self.spec, self.config, target, first, zeros=torch_zeros
         )

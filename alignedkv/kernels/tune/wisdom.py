@@ -14,7 +14,7 @@ import math
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +170,17 @@ def find(
     The nearest bucket counts, distance being the sum of the differences of both logs.  A file that
     is damaged, stale or no longer legal is logged and passed over: it costs nothing but itself.
     Files are read again when they change, so that a winner found elsewhere is used at once.
+    Dtypes are no part of the decision: they change how a row comes in and an output goes out, once
+    a step, and not the loop over the tokens.
     """
     wanted = bucket(tokens), bucket(heads)
     source = source_digest() if source is None else source
     files = (wisdom_path(target), SHIPPED / f"{target.arch}.json")
     return _find(spec, target, wanted, source, tuple((path, _changed(path)) for path in files))
+
+
+def _same_loop(one: DecodeSpec, other: DecodeSpec) -> bool:
+    return replace(one, query_dtype=other.query_dtype, row_dtype=other.row_dtype) == other
 
 
 @functools.lru_cache(maxsize=256)
@@ -189,7 +195,7 @@ def _find(
     for path, _ in files:
         fitting: list[tuple[int, Winner]] = []
         for winner in _read_or_warn(path):
-            if winner.spec != spec:
+            if not _same_loop(winner.spec, spec):
                 continue
             if reason := why_stale(winner, target, source):
                 _log.info("%s: a winner is passed over: %s", path, reason)

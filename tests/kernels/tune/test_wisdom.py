@@ -72,6 +72,12 @@ def test_what_is_kept_is_found_at_once() -> None:
     assert read(wisdom_path(SM90)) == [winner()]
 
 
+def test_a_winner_serves_other_dtypes_of_rows_and_outputs() -> None:
+    merge(wisdom_path(SM90), [winner()])
+    other = replace(SPEC, query_dtype="float32", row_dtype="float16")
+    assert find(other, SM90, tokens=32768, heads=8).config == OTHER
+
+
 def test_the_nearest_bucket_counts() -> None:
     near, far = SPACE[3], SPACE[7]
     merge(wisdom_path(SM90), [winner(config=near), winner(config=far, tokens_bucket=20)])
