@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from alignedkv.errors import CodegenError
-from alignedkv.kernels.footprint import MAX_SPLITS, padded_heads, shared_bytes
+from alignedkv.kernels.footprint import MAX_SPLITS, TILE, padded_heads, shared_bytes
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
+from alignedkv.policy import BoundKind
 
 WARP = 32
 MAX_THREADS_PER_BLOCK = 1024
@@ -57,7 +58,7 @@ class DecodeConfig:
     warps: int = _tunable(8, 4, 6, 8, 12, 16)
     blocks_per_sm: int = _tunable(2, 1, 2, 3, 4)
     key_stages: int = _tunable(1, 1, 2, 3)
-    eager_values: bool = _tunable(False, False, True)
+    eager_values: bool = _tunable(True, False, True)
     strided_tiles: bool = _tunable(True, False, True)
     waves: int = _tunable(1, 1, 2, 3, 4, in_kernel=False)
     encode_warps: int = _tunable(8, 4, 8, 16, of_step=False)
@@ -123,7 +124,7 @@ def default_config(spec: DecodeSpec, target: DeviceTarget) -> DecodeConfig:
     first = DecodeConfig()
     legal = [
         config
-        for blocks, warps in itertools.product((2, 1), (first.warps, 4))
+        for blocks, warps in itertools.product((2, 1), (first.warps, 6, 4))
         if not restrictions(
             spec, config := replace(first, blocks_per_sm=blocks, warps=warps), target
         )
@@ -144,6 +145,9 @@ def _registers_without_spills(spec: DecodeSpec) -> int:
     """What decode.cu takes at most, read from the compiler (test_resources.py)."""
     if padded_heads(spec) > 4:
         return MAX_REGISTERS
+    small_pages = spec.page_tokens is not None and spec.page_tokens < TILE
+    if spec.bound is not BoundKind.ESTIMATE or small_pages or spec.exact_rows:
+        return 160 if spec.channels <= 128 else MAX_REGISTERS
     return 128 if spec.channels <= 128 else 176
 
 

@@ -19,14 +19,11 @@ MAX_SPLITS: Final = 512
 #: Tokens of a warp's tile, and rows of it that a rare plane is fetched for at a time.
 TILE, RARE_ROWS = 32, 16
 #: ``kNumbers`` of query.cuh and ``kConstants`` of block.cuh.
-_NUMBERS, _CONSTANTS = 6, 9
-#: Sums of a head besides those of its bound: weights, digit middles, roundings.
-_OTHER_SUMS = 3
-_BOUND_SUMS: Final = {
-    BoundKind.ESTIMATE: 2,
-    BoundKind.DETERMINISTIC: 4,
-    BoundKind.STATISTICAL: 4,
-}
+_NUMBERS, _CONSTANTS = 6, 10
+#: Sums of a head besides those of its bound: weights, digit middles.
+_OTHER_SUMS = 2
+#: ``Sums::kCount`` of bounds.cuh: of an estimate, and of a bound that counts errors at their worst.
+_ESTIMATE_SUMS, _CERTAIN_SUMS = 2, 4
 
 
 def padded_heads(spec: DecodeSpec) -> int:
@@ -50,8 +47,8 @@ def partial_floats(spec: DecodeSpec) -> int:
 def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     """``sizeof(DecodeShared)``, the dynamic shared memory of a block of decode.cu."""
     heads = padded_heads(spec)
-    per_warp = heads * 4 * (spec.dither_rows + 2 + _sums(spec)) + 4
-    fixed = query_bytes(spec) + heads * 4 * (_CONSTANTS + 1) + 8 * spec.stored_planes + 12
+    per_warp = heads * 4 * (spec.dither_rows + 2 + _sums(spec)) + 8 * TILE + 4
+    fixed = query_bytes(spec) + heads * 4 * (_CONSTANTS + 1) + 8 * spec.stored_planes + 24
     tiles = config.warps * _tile_bytes(spec, config)
     outputs = config.warps * 4 * (spec.channels + 1) * 4
     merge = (
@@ -68,13 +65,15 @@ def _tile_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     heads = padded_heads(spec)
     planes = TILE * ((config.key_stages + 2) * row[0] + 2 * row[1])
     rare = RARE_ROWS * max(row[2:]) if row[2:] else 16
-    scores, weights = TILE * heads * 4, heads * (TILE + 16) * 2
+    scores, weights = TILE * heads * 4, 2 * heads * (TILE + 16) * 2 + heads * 4
     scales, order = config.key_stages * TILE * 4, TILE
     return _aligned(planes + rare + scores + weights + scales + order)
 
 
 def _sums(spec: DecodeSpec) -> int:
-    return _OTHER_SUMS + _BOUND_SUMS[spec.bound]
+    if spec.bound is BoundKind.ESTIMATE:
+        return _OTHER_SUMS + _ESTIMATE_SUMS
+    return _OTHER_SUMS + _CERTAIN_SUMS + spec.sample_values
 
 
 def _dither_shares(spec: DecodeSpec, config: DecodeConfig) -> int:

@@ -99,7 +99,7 @@ struct Workspace {
   u8* queries;         // [B, Hkv, query_bytes] `Query` of query.cuh
   float* partials;     // [B, Hkv, splits, partial_floats] `Partial` of merge.cuh
   float* retry_theta;  // [B, H] theta of the next pass
-  u32* retry;          // [B, Hkv] whether a head of the group missed
+  u32* retry;          // [2, B, Hkv] whether a head of the group missed, in even and odd passes
   u32* arrived;        // [B, Hkv] blocks of a head that are done
   u32* prepared;       // [B] blocks of prepare.cu that are done, of a sequence
   u32* all_prepared;   // [1] and of all

@@ -20,6 +20,7 @@ enum Constant {
   kValueGain,    // error of a value addend in units of theta, per weight and value scale
   kError,        // estimate: sigma(1) / g          deterministic: e(1) / g
   kErrorMore,    // estimate: hint of the spread    deterministic: (b + e^a) / g
+  kCoarse,       // largest weight times value scale whose rounding leaves less than theta
   kConstants
 };
 
@@ -27,12 +28,10 @@ enum Constant {
 constexpr int kTotal = 0;                                  // weights
 constexpr int kHalves = 1;                                 // weight, value scale, digit middles
 constexpr int kFirstBound = 2;                             // those of the bound ...
-constexpr int kRounding = kFirstBound + Sums<kBound>::kCount;
-constexpr int kSumCount = kRounding + 1;
+constexpr int kSumCount = kFirstBound + Sums::kCount;
 
 __device__ __forceinline__ constexpr bool is_square(int sum) {
-  return (sum >= kFirstBound && sum < kFirstBound + Sums<kBound>::kSquares) ||
-         (sum == kRounding && Sums<kBound>::kSquaredRounding);
+  return sum >= kFirstBound && Sums::is_square(sum - kFirstBound);
 }
 
 // What a block found, relative to exp2(reference).
@@ -61,7 +60,9 @@ struct alignas(16) WarpTiles {
   u8 value_second[kTile * kPlaneRowBytes[1]];
   u8 key_rare[rare_bytes() > 0 ? rare_bytes() : 16];
   float scores[kTile][kHeads];
-  u16 weights[kHeads][kTile + 16];  // by weight_slot
+  u16 weights[kHeads][kTile + 16];       // by weight_slot
+  u16 fine_weights[kHeads][kTile + 16];  // what their rounding lost
+  float fine_scales[kHeads];
   u32 scales[kKeyStages][kTile];
   u8 order[kTile];
 };
@@ -71,10 +72,17 @@ struct Outputs {
   float of[kWarps][4][kChannels + 1];
 };
 
+// Rows read by a lane's tokens, a byte a plane: of keys from the second plane on and, in the highest
+// byte, tiles; of values.
+struct Reads {
+  u32 keys, values;
+};
+
 struct DecodeShared {
   Query query;
   float constants[kConstants][kHeads];
   float classes[kWarps][kDitherRows][kHeads];
+  Reads lane_reads[kWarps][32];
   float reference[kWarps][kHeads];
   float factor[kWarps][kHeads];
   float sums[kWarps][kSumCount][kHeads];
@@ -82,6 +90,7 @@ struct DecodeShared {
   float largest_draw[kWarps];
   float sampling_share;  // theta_s / theta
   u32 reads[2 * kStoredPlanes];
+  Range range;
   int trusted;
   int is_last;
   union {

@@ -20,21 +20,28 @@ __device__ __forceinline__ float expm1_over(float x) {
   return x * exp2_fast(x * fmaf(x, kLog2e / 24, kLog2e / 2));
 }
 
-// e^x - 1 for a score error x, from above (theory.md 7.2).
+// e^x - 1 for a score error x, from above (theory.md 7.2).  Beyond 60 the argument's rounding counts,
+// and no weight is so small that a clamp would be sound: infinity, or NaN at weight 0, is a miss.
 __device__ __forceinline__ float expm1_above(float x) {
-  x = fminf(x, 60.0f);
+  if (x > 60.0f) return __int_as_float(0x7f800000);
   return x < 0x1p-6f ? fmaf(x, x, x) : fmaf(1.0f + 0x1p-17f, exp2_fast(x * kLog2e), -1.0f);
 }
 
 // Relative rounding of a computed weight, (7.2) of theory.md with |score - reference| up to 88.
 constexpr float kWeightRounding = 0x1p-15f;
-template <Bound kKind>
-struct Sums;
+// A prefix without its dither is at most so many row scales (a+ of sampling.md, Theorem S1).
+constexpr float kLargestPrefix = 8.0f;
+
+// Whether score errors are counted at their worst: for a bound that must not rest on an estimate.
+constexpr bool kCertain = kBound != Bound::Estimate;
+
+template <bool kCertain>
+struct SumsOf;
 
 // Estimate 9, (5.7) of theory.md, with the tokens' sums of one kind kept together: the variance of
 // keys, values and sampling, and what is added outright, skipped rows and the second-order term.
 template <>
-struct Sums<Bound::Estimate> {
+struct SumsOf<false> {
   static constexpr int kCount = 2;
   float variance[kGroup] = {}, certain[kGroup] = {};
 
@@ -51,7 +58,7 @@ struct Sums<Bound::Estimate> {
     s.skipped = token.has_value ? 0.0f : s.size;
     if constexpr (kSampleValues) {
       // sampling.md, Corollary: a row left to chance varies, and is not skipped.
-      const float largest = 8.0f * token.value_scale;
+      const float largest = kLargestPrefix * token.value_scale;
       const float drawn = largest * largest * (1.0f / token.chance - 1.0f);
       s.value_variance = fmaf(half_step, half_step, drawn);
       s.skipped = 0.0f;
@@ -70,6 +77,12 @@ struct Sums<Bound::Estimate> {
     certain[g] = fmaf(weight, s.skipped, certain[g]);
   }
 
+  // What rounding took from a weight times its value scale, taken for random.
+  __device__ __forceinline__ void add_rounding(int g, float lost) {
+    const float error = kLargestPrefix * lost;
+    variance[g] = fmaf(error, error, variance[g]);
+  }
+
   // A row kept exact has no error.
   __device__ __forceinline__ void add_exact(int, float) {}
 
@@ -78,20 +91,19 @@ struct Sums<Bound::Estimate> {
     return kSum == 0 ? variance[g] : certain[g];
   }
   // Sums of squares of weights scale with the square of the reference.
-  static constexpr int kSquares = 1;  // the first so many
-  // Roundings of block-scaled weights (a unit is `scale`) are independent: variances, and scale^2.
-  __device__ __forceinline__ static float rounding_of(float scale) { return scale * scale; }
-  static constexpr bool kSquaredRounding = true;
+  __device__ __forceinline__ static constexpr bool is_square(int sum) { return sum == 0; }
 };
 
-// Theorem 5 in its scalar form (4.3).
+// Theorem 5 in its scalar form (4.3).  A statistical bound is this one too, which is the smaller of it
+// and Corollary 8 for peaky heads; with sampled value rows Theorem S1 of sampling.md joins it.
 template <>
-struct Sums<Bound::Deterministic> {
-  static constexpr int kCount = 4;
+struct SumsOf<true> {
+  static constexpr int kCount = 4 + kSampleValues;
+  float drawn[kSampleValues ? kGroup : 1] = {};  // variance of sampling
   float score[kGroup] = {}, score_size[kGroup] = {}, value[kGroup] = {}, smallest[kGroup] = {};
 
   struct Shared {
-    float size, value_error, scale, step;
+    float size, value_error, scale, step, drawn;
   };
   __device__ __forceinline__ static Shared shared_of(const Token& token) {
     Shared s;
@@ -101,6 +113,12 @@ struct Sums<Bound::Deterministic> {
     // 0.01 units: the rounding of a stored value (theory.md 2).
     const float read = token.value_scale * fmaf(0.5f, token.value_step, 0.01f / (1 << kScaleShift));
     s.value_error = token.has_value ? read : s.size;
+    if constexpr (kSampleValues) {
+      // A row left to chance errs as if it had been read, and varies.
+      const float largest = kLargestPrefix * token.value_scale;
+      s.drawn = largest * largest * (1.0f / token.chance - 1.0f);
+      s.value_error = read;
+    }
     return s;
   }
 
@@ -112,6 +130,11 @@ struct Sums<Bound::Deterministic> {
     score_size[g] = fmaf(grown, s.size, score_size[g]);
     value[g] = fmaf(weight, s.value_error, value[g]);
     smallest[g] = fmaf(weight, exp2_fast(-kLog2e * e), smallest[g]);
+    if constexpr (kSampleValues) drawn[g] = fmaf(weight * weight, s.drawn, drawn[g]);
+  }
+
+  __device__ __forceinline__ void add_rounding(int g, float lost) {
+    value[g] = fmaf(kLargestPrefix, fabsf(lost), value[g]);
   }
 
   // A row kept exact has no error but that of its weight.
@@ -121,19 +144,19 @@ struct Sums<Bound::Deterministic> {
 
   template <int kSum>
   __device__ __forceinline__ float& at(int g) {
+    if constexpr (kSum == 4) return drawn[g];
     return kSum == 0 ? score[g] : kSum == 1 ? score_size[g] : kSum == 2 ? value[g] : smallest[g];
   }
-  static constexpr int kSquares = 0;
-  __device__ __forceinline__ static float rounding_of(float scale) { return scale; }
-  static constexpr bool kSquaredRounding = false;
+  __device__ __forceinline__ static constexpr bool is_square(int sum) { return sum == 4; }
 };
+
+using Sums = SumsOf<kCertain>;
 
 // ---- the bound ------------------------------------------------------------------------------------
 
 // What a head's bound is made of, once its sums are complete.
 struct HeadTotals {
-  float sums[Sums<kBound>::kCount];  // divided by the denominator, or by its square
-  float rounding;                    // likewise
+  float sums[Sums::kCount];  // divided by the denominator, or by its square
   float classes;                     // sum of weights times value scales, divided
   float sink;                        // weight of the sink logit
   float spread_hint, spread;         // rho
@@ -147,12 +170,10 @@ __device__ __forceinline__ float bound_of(const HeadTotals& head, float z) {
   constexpr float kPaid = 1.0f + 0x1p-9f;
   // Sums in float32 of the value products, over the tiles of a warp, warps and splits.
   const float arithmetic = 0x1p-18f * (2 * 16 * head.classes + head.size);
-  if constexpr (kBound == Bound::Estimate) {
-    // 32 tokens a tile, each off by up to half a unit (variance 1/12) times up to 16.
-    const float variance = head.sums[0] + head.rounding * (32.0f * 16 * 16 / 12);
+  if constexpr (!kCertain) {
     // The spread in R was the hint; where it came out larger, R grew at most in proportion.
     const float stale = head.spread > head.spread_hint ? head.spread / head.spread_hint : 1.0f;
-    float random = z * sqrtf(variance);
+    float random = z * sqrtf(head.sums[0]);
     if constexpr (kSampleValues) {
       // Bernstein's form of (S2): needs the variances only together.
       const float draw = z * z * head.largest_draw * (1.0f / 6);
@@ -160,8 +181,15 @@ __device__ __forceinline__ float bound_of(const HeadTotals& head, float z) {
     }
     return kPaid * (stale * (random + head.sums[1]) + arithmetic);
   } else {
-    const float value = head.sums[2] + head.rounding * (32.0f * 16 / 2) + arithmetic;
+    float drawn = 0;
+    if constexpr (kSampleValues) {
+      const float draw = z * z * head.largest_draw * (1.0f / 6);
+      drawn = draw + sqrtf(fmaf(draw, draw, z * z * head.sums[4]));
+    }
+    const float value = head.sums[2] + arithmetic;
     const float smallest = (head.sums[3] + head.sink) * (1.0f - 0x1p-10f);
-    return kPaid * (value + (head.sums[1] + (head.spread + value) * head.sums[0]) / smallest);
+    // The theorem speaks of the output with all rows read; this one is within `drawn` of it.
+    const float spread = head.spread + drawn;
+    return kPaid * (value + (head.sums[1] + (spread + value) * head.sums[0]) / smallest + drawn);
   }
 }

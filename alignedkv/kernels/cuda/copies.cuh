@@ -99,6 +99,11 @@ __device__ __forceinline__ float load_past_l1(const float* from) {
   asm volatile("ld.global.cg.f32 %0, [%1];" : "=f"(x) : "l"(from) : "memory");
   return x;
 }
+__device__ __forceinline__ u32 load_past_l1(const u32* from) {
+  u32 x;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
 __device__ __forceinline__ void store_past_l1(float* to, float x) {
   asm volatile("st.global.cg.f32 [%0], %1;" :: "l"(to), "f"(x) : "memory");
 }

@@ -55,19 +55,19 @@ __device__ __forceinline__ void load_heads(float (&x)[kGroup], const float* from
 class Worker {
  public:
   __device__ __forceinline__ Worker(
-      const DecodeArguments& arguments, DecodeShared& shared, int sequence, int head, int warp)
+      const DecodeArguments& arguments, DecodeShared& shared, int of_head, int warp)
       : a(arguments),
         block(shared),
         mine(shared.tiles[warp]),
-        sequence(sequence),
-        head(head),
+        sequence(of_head / arguments.cache.kv_heads),
+        head(of_head % arguments.cache.kv_heads),
         warp(warp),
         lane(lane_of_thread()),
         r(lane_of_thread() / 4),
         c(lane_of_thread() % 4) {}
 
   // Fetch the first key plane and the scales of a tile into a stage.
-  __device__ __forceinline__ void fetch(const Range& range, int token, const TileRows& rows, int stage) {
+  __device__ __forceinline__ void fetch(const Range& range, int token, const TileRows& rows, int stage) const {
     const u32 to = shared_address(mine.key_first[stage]);
     if (token + kTile <= range.end) {
       copy_tile<Side::Key, 0>(to, a.cache.key_planes[0], rows, lane);
@@ -82,7 +82,8 @@ class Worker {
   }
 
   // Fetch the value rows of a tile before its scores are known.
-  __device__ __forceinline__ void fetch_values(const Range& range, int token, const TileRows& rows) {
+  __device__ __forceinline__ void fetch_values(
+      const Range& range, int token, const TileRows& rows) const {
     const int left = range.end - token;
     const u32 inside = left >= kTile ? 0xffffffffu : (1u << left) - 1;
     copy_rows<Side::Value, 0, Absent::Left>(
@@ -96,13 +97,27 @@ class Worker {
   __device__ __forceinline__ void refine();
   __device__ __forceinline__ void plan_values();
   __device__ __forceinline__ void weigh();
-  __device__ __forceinline__ void add_values(int buffer);
-  __device__ __forceinline__ void add_exact_rows(const Range& range, int split);
+  __device__ __forceinline__ void add_values(int token, int buffer);
+  __device__ __forceinline__ void add_exact_rows(const Range& range, int split, int splits);
   __device__ __forceinline__ void leave_sums();
   __device__ __forceinline__ void add_rare_planes();
+  __device__ __forceinline__ float round_weight(
+      u16* digits, float weight, float largest, float& lost) const;
+  __device__ __forceinline__ void load_weights(const u16 (*numbers)[kTile + 16]);
+  template <int kPiece>
+  __device__ __forceinline__ void add_piece(int token, int buffer);
   __device__ __forceinline__ void count_reads();
+  __device__ __forceinline__ void leave_reads();
   template <int kPlane, int kPiece>
-  __device__ __forceinline__ void add_late_values();
+  __device__ __forceinline__ void add_late_values(int token);
+
+  __device__ __forceinline__ TileRows rows_of_tile() const {
+    if constexpr (kPageTokens > 0) return paged_rows;
+    return TileRows::of(a.cache, sequence, head, token_of_tile);
+  }
+  __device__ __forceinline__ float key_scale() const { return scale_of(scales & 0xffff); }
+  __device__ __forceinline__ float value_scale() const { return scale_of(scales >> 16); }
+  __device__ __forceinline__ bool is_wanted() const { return wanted_rows >> lane & 1; }
 
   // log2 of a weight relative to the hint, from the score before the cap.
   __device__ __forceinline__ float capped(float x, int g) const {
@@ -118,27 +133,26 @@ class Worker {
   const int sequence, head, warp, lane, r, c;
 
   // The tile that is open.
-  TileRows rows;
-  int token_class;
+  int token_of_tile;
+  TileRows paged_rows;              // contiguous rows are found again from the token
+  u32 scales;                       // of this lane's token: key in the low half, value in the high
   float score[kGroup];              // log2 units, relative to the hint
   float uncapped[kSoftcap ? kGroup : 1];
-  float key_scale, value_scale, chance;
+  float chance;
   int key_planes, value_planes;     // read, of this lane's token
-  bool wanted;
   u32 wanted_rows, second_rows;     // masks over the tile
   u32 third_rows;                   // key planes >= 3
 
   // The tile whose values are being added.
   u32 weights[kHeadBlocks][2];
   float weight_scale[kHeadBlocks];
+  bool has_fine_weights;
   u32 value_rows[kStoredPlanes];
-  TileRows value_at;
 
   float output[kHeadBlocks][kOutputs] = {};
   float total[kGroup] = {};         // sum of weights
   float halves[kGroup] = {};        // of weights times the middle of digits that were read
-  float rounding[kHeadBlocks] = {}; // of weights: squares of scales for an estimate
-  Sums<kBound> sums;
+  Sums sums;
   float largest_draw = kNever;      // log2 of M / theta_s, times the denominator
   bool shifted = false;             // the reference is not the hint
 };
@@ -147,18 +161,18 @@ class Worker {
 __device__ __forceinline__ void Worker::run(const Range& range, const Course& course, bool trusted) {
   if (course.token >= course.end) return;
   int stage = 0, buffer = 0;
-  TileRows at = TileRows::of(a.cache, sequence, head, course.token);
-  const int reach = kKeyStages * course.step;
-  auto fetch_ahead = [&](int token) {
-    if (token + reach < course.end) {
-      fetch(range, token + reach, TileRows::of(a.cache, sequence, head, token + reach), stage);
+  auto open_and_fetch = [&](int token, int into, bool is_first) {
+    open(range, token, TileRows::of(a.cache, sequence, head, token), stage, into,
+         kEagerValues && is_first);
+    if (is_first) settle_reference(trusted);
+    const int ahead = token + kKeyStages * course.step;
+    if (ahead < course.end) {
+      fetch(range, ahead, TileRows::of(a.cache, sequence, head, ahead), stage);
     }
     commit_copies();
     stage = stage + 1 < kKeyStages ? stage + 1 : 0;
   };
-  open(range, course.token, at, stage, buffer, kEagerValues);
-  settle_reference(trusted);
-  fetch_ahead(course.token);
+  open_and_fetch(course.token, buffer, true);
   for (int token = course.token; token < course.end; token += course.step) {
     // Copy groups in order: this tile's rows, key planes ahead, second value planes; then again.
     await_copies<1>();
@@ -172,15 +186,14 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
         await_copies<1>();
         __syncwarp();
       }
-      open(range, next, TileRows::of(a.cache, sequence, head, next), stage, buffer ^ 1, false);
-      fetch_ahead(next);
+      open_and_fetch(next, buffer ^ 1, false);
     } else {
       commit_copies();
       commit_copies();
     }
     await_copies<2>();
     __syncwarp();
-    add_values(buffer);
+    add_values(token, buffer);
     __syncwarp();
     buffer ^= 1;
   }
@@ -190,9 +203,9 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
 
 __device__ __forceinline__ void Worker::open(
     const Range& range, int token, const TileRows& at, int stage, int buffer, bool values_fetched) {
-  rows = at;
-  const u32 scales = mine.scales[stage][lane];
-  key_scale = scale_of(scales & 0xffff), value_scale = scale_of(scales >> 16);
+  paged_rows = at, token_of_tile = token;
+  scales = mine.scales[stage][lane];
+  const float key_scale = this->key_scale(), value_scale = this->value_scale();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int x[kHeadBlocks][2];
@@ -204,7 +217,7 @@ __device__ __forceinline__ void Worker::open(
     }
   }
   __syncwarp();
-  token_class = dither_class(token + lane);
+  const int token_class = dither_class(token + lane);
   const bool valid = range.holds(token + lane);
   {
     float product[kGroup], of_class[kGroup], unit[kGroup], offset[kGroup];
@@ -237,7 +250,7 @@ __device__ __forceinline__ void Worker::open(
     above += log2_fast(value_scale);
   }
   key_planes = planes_for(valid ? excess : kNever);
-  wanted = valid && above > 0.0f;
+  bool wanted = valid && above > 0.0f;
   chance = 1.0f;
   if constexpr (kSampleValues) {
     // sampling.py: a row below theta_s is drawn with its chance, a multiple of 2^-24.
@@ -259,17 +272,17 @@ __device__ __forceinline__ void Worker::open(
   second_rows = __ballot_sync(kAllLanes, key_planes >= 2);
   if (!values_fetched) {
     copy_rows<Side::Value, 0, Absent::Left>(
-        shared_address(mine.value_first[buffer]), a.cache.value_planes[0], rows, wanted_rows, lane);
+        shared_address(mine.value_first[buffer]), a.cache.value_planes[0], at, wanted_rows, lane);
   }
   copy_rows<Side::Key, 1, Absent::Left>(
-      shared_address(mine.key_second), a.cache.key_planes[1], rows, second_rows, lane);
+      shared_address(mine.key_second), a.cache.key_planes[1], at, second_rows, lane);
   if constexpr (kStoredPlanes >= 3) {
     third_rows = second_rows ? __ballot_sync(kAllLanes, key_planes >= 3) : 0;
     if (third_rows) {
       const int place = __popc(third_rows & ((1u << lane) - 1));
       if (key_planes >= 3) mine.order[place] = lane;
       __syncwarp();
-      copy_rare_rows<2>(shared_address(mine.key_rare), a.cache.key_planes[2], rows, mine.order,
+      copy_rare_rows<2>(shared_address(mine.key_rare), a.cache.key_planes[2], at, mine.order,
                         min(__popc(third_rows), kRareRows), third_rows, lane);
     }
   }
@@ -319,6 +332,7 @@ __device__ __forceinline__ void Worker::refine() {
     load_heads(finer, mine.scores[lane]);
     load_heads(unit, block.query.numbers[kUnit16]);
     load_heads(half, block.query.numbers[kHalf]);
+    const float key_scale = this->key_scale();
     const float middle = 0.5f * step_of(key_planes) - 0.5f;  // of the digits read, less the first's
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
@@ -346,7 +360,7 @@ __device__ __forceinline__ void Worker::add_rare_planes() {
       if constexpr (kPlane == 3) having = __ballot_sync(kAllLanes, key_planes >= 4);
       if (!having) return;
       if (kPlane > 2 || first > 0) {
-        copy_rare_rows<kPlane>(shared_address(mine.key_rare), a.cache.key_planes[kPlane], rows,
+        copy_rare_rows<kPlane>(shared_address(mine.key_rare), a.cache.key_planes[kPlane], rows_of_tile(),
                                order, rows_here, having, lane);
         commit_copies();
         await_copies<0>();
@@ -373,22 +387,21 @@ __device__ __forceinline__ void Worker::plan_values() {
   float margin[kGroup], wish[kGroup];
   load_heads(margin, block.constants[kMargin]);
   load_heads(wish, block.constants[kValueGain]);
-  const float step = key_scale * step_of(key_planes);
+  const float step = key_scale() * step_of(key_planes);
   float excess = kNever;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     excess = fmaxf(excess, fminf(fmaf(margin[g], step, score[g]), 0.0f) + wish[g]);
   }
-  excess += log2_fast(value_scale);
-  value_planes = wanted ? planes_for(excess) : 0;
-  if (kSampleValues && chance < 1.0f) value_planes = wanted ? 1 : 0;
+  excess += log2_fast(value_scale());
+  value_planes = is_wanted() ? planes_for(excess) : 0;
+  if (kSampleValues && chance < 1.0f) value_planes = is_wanted() ? 1 : 0;
 
   value_rows[0] = wanted_rows;
   value_rows[1] = __ballot_sync(kAllLanes, value_planes >= 2);
-  value_at = rows;
   if (value_rows[1]) {
     copy_rows<Side::Value, 1, Absent::Zeroed>(
-        shared_address(mine.value_second), a.cache.value_planes[1], rows, value_rows[1], lane);
+        shared_address(mine.value_second), a.cache.value_planes[1], rows_of_tile(), value_rows[1], lane);
   }
 #pragma unroll
   for (int n = 3; n <= kStoredPlanes; ++n) {
@@ -400,18 +413,41 @@ __device__ __forceinline__ void Worker::plan_values() {
 
 // Rows read of each plane, for the report.
 __device__ __forceinline__ void Worker::count_reads() {
-  if (lane != 0) return;
-  u32* counts = block.reads;
-  if (second_rows) atomicAdd(counts + 1, __popc(second_rows));
-  if (value_rows[0]) atomicAdd(counts + kStoredPlanes, __popc(value_rows[0]));
-  if (value_rows[1]) atomicAdd(counts + kStoredPlanes + 1, __popc(value_rows[1]));
-  if constexpr (kStoredPlanes >= 3) {
-    if (third_rows) atomicAdd(counts + 2, __popc(third_rows));
-    if (value_rows[2]) atomicAdd(counts + kStoredPlanes + 2, __popc(value_rows[2]));
+  Reads& reads = block.lane_reads[warp][lane];
+  const u32 keys = reads.keys + 0x01000000u + (0x00010101u >> (32 - 8 * key_planes));
+  const u32 values = reads.values + __funnelshift_rc(0x01010101u, 0, 32 - 8 * value_planes);
+  reads.keys = keys, reads.values = values;
+  if (keys >= 0xff000000u) leave_reads();
+}
+
+// Counts of the lanes to the block's, before a byte overflows.
+__device__ __forceinline__ void Worker::leave_reads() {
+  Reads& reads = block.lane_reads[warp][lane];
+#pragma unroll
+  for (int plane = 0; plane < kStoredPlanes; ++plane) {
+    const u32 keys = plane == 0 ? 0 : reads.keys >> (8 * (plane - 1)) & 0xff;
+    const u32 of_keys = __reduce_add_sync(kAllLanes, keys);
+    const u32 of_values = __reduce_add_sync(kAllLanes, reads.values >> (8 * plane) & 0xff);
+    if (lane == 0) {
+      atomicAdd(block.reads + plane, of_keys);
+      atomicAdd(block.reads + kStoredPlanes + plane, of_values);
+    }
   }
-  if constexpr (kStoredPlanes >= 4) {
-    if (value_rows[3]) atomicAdd(counts + kStoredPlanes + 3, __popc(value_rows[3]));
-  }
+  reads = {0, 0};
+}
+
+// Round a weight to a multiple of largest / kLargestWeight, leave the multiple's digits, and say what
+// was lost.
+__device__ __forceinline__ float Worker::round_weight(
+    u16* digits, float weight, float largest, float& lost) const {
+  const float per_unit = kLargestWeight * reciprocal_fast(fmaxf(largest, 0x1p-110f));
+  // 1.5 2^23 + n + 128 as a float has n + 128 in its low bits, whatever the sign of n (mma.cuh).
+  constexpr float kMagic = 0x1.8p23f + 128.0f;
+  const float number = fmaf(weight, per_unit, kMagic);
+  digits[weight_slot(lane)] = static_cast<u16>(__float_as_uint(number));
+  const float unit = largest * (1.0f / kLargestWeight);
+  lost = fmaf(kMagic - number, unit, weight);
+  return (number - kMagic) * unit;
 }
 
 // Weights of the tile: to the sums, and as digits to the registers of the value products.
@@ -422,7 +458,7 @@ __device__ __forceinline__ void Worker::weigh() {
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) most = fmaxf(most, score[g] + wish[g]);
     // Prefixes reach 8 row scales, sizes are 7.5.
-    most += log2_fast(value_scale / chance) + 0.0931095f;
+    most += log2_fast(value_scale() / chance) + 0.0931095f;
     if (chance < 1.0f) largest_draw = fmaxf(largest_draw, most);
   }
   if (shifted) {
@@ -432,32 +468,48 @@ __device__ __forceinline__ void Worker::weigh() {
     for (int g = 0; g < kGroup; ++g) score[g] -= reference[g];
   }
   Token token;
-  token.key_scale = key_scale, token.value_scale = value_scale;
+  token.key_scale = key_scale(), token.value_scale = value_scale();
   token.key_step = step_of(key_planes), token.value_step = step_of(value_planes);
-  token.has_value = wanted, token.chance = chance;
-  const auto shared = Sums<kBound>::shared_of(token);
+  token.has_value = is_wanted(), token.chance = chance;
+  const auto shared = Sums::shared_of(token);
   float first[kGroup], second[kGroup], classes[kGroup];  // coefficients of the bound's addends
   load_heads(first, block.constants[kError]);
   load_heads(second, block.constants[kErrorMore]);
-  float* of_class = block.classes[warp][token_class];
+  float* of_class = block.classes[warp][dither_class(token_of_tile + lane)];
   load_heads(classes, of_class);
-  const float unit = wanted ? value_scale / (kSampleValues ? chance : 1.0f) : 0.0f;
+  const float unit = is_wanted() ? value_scale() / (kSampleValues ? chance : 1.0f) : 0.0f;
   const float middle = 0.5f * token.value_step - 0.5f;
-  float largest[kHeads] = {};
+  float scaled[kGroup], largest[kHeads] = {};
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     const float weight = exp2_fast(score[g]);
     total[g] += weight;
     sums.add(g, weight, shared, first[g], second[g]);
-    const float scaled = weight * unit;
-    classes[g] += scaled;
-    if (value_rows[1]) halves[g] = fmaf(scaled, middle, halves[g]);
+    scaled[g] = weight * unit;
     // Non-negative floats are ordered like their bits, NaN last.
-    largest[g] = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(scaled)));
-    // 2^23 + n + 128 as a float has n + 128 in its low bits: the two digits (mma.cuh).
-    const float per_unit = kLargestNumber * reciprocal_fast(fmaxf(largest[g], 0x1p-110f));
-    const float number = fmaf(scaled, per_unit, 0x1p23f + 128.0f);
-    mine.weights[g][weight_slot(lane)] = static_cast<u16>(__float_as_uint(number));
+    largest[g] = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(scaled[g])));
+  }
+  // Half a unit of rounding times the largest prefix is an addend like any other: where that is above
+  // theta, what rounding loses gets digits of its own.
+  float coarse[kGroup];
+  load_heads(coarse, block.constants[kCoarse]);
+  has_fine_weights = false;
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) has_fine_weights |= largest[g] > coarse[g];
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    float lost;
+    float rounded = round_weight(mine.weights[g], scaled[g], largest[g], lost);
+    if (has_fine_weights) {
+      const u32 bits = __float_as_uint(lost) & 0x7fffffffu;
+      const float most = __uint_as_float(__reduce_max_sync(kAllLanes, bits));
+      if (lane == 0) mine.fine_scales[g] = most * (1.0f / kLargestWeight);
+      rounded += round_weight(mine.fine_weights[g], lost, most, lost);
+    }
+    // All sums have the rounded weight: the numerator alone differs, by what is lost now.
+    sums.add_rounding(g, lost);
+    classes[g] += rounded;
+    if (value_rows[1]) halves[g] = fmaf(rounded, middle, halves[g]);
   }
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
@@ -467,104 +519,123 @@ __device__ __forceinline__ void Worker::weigh() {
     reinterpret_cast<float4*>(of_class)[b] = make_float4(four[0], four[1], four[2], four[3]);
   }
   __syncwarp();
-  // High digits are bytes 1 and 3 of a pair, low ones bytes 0 and 2, 128 too large.
+  load_weights(mine.weights);
+#pragma unroll
+  for (int b = 0; b < kHeadBlocks; ++b) {
+    const float* of = largest + 4 * b;
+    weight_scale[b] = (c == 0 ? of[0] : c == 1 ? of[1] : c == 2 ? of[2] : of[3]) *
+                      (1.0f / kLargestWeight);
+  }
+}
+
+// Digits of weights as operands: high ones are bytes 1 and 3 of a pair, low ones bytes 0 and 2, 128 too
+// large.
+__device__ __forceinline__ void Worker::load_weights(const u16 (*numbers)[kTile + 16]) {
   const bool low = r % 2;
   const u32 select = low ? 0x6420 : 0x7531, sign = low ? 0x80808080u : 0;
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
-    const u16* numbers = mine.weights[4 * b + r / 2] + 4 * c;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const uint2 four = *reinterpret_cast<const uint2*>(numbers + 16 * k);
+      const u16* of_lane = numbers[4 * b + r / 2] + 4 * c + 16 * k;
+      const uint2 four = *reinterpret_cast<const uint2*>(of_lane);
       weights[b][k] = __byte_perm(four.x, four.y, select) ^ sign;
     }
-    const float* of = largest + 4 * b;
-    weight_scale[b] = (c == 0 ? of[0] : c == 1 ? of[1] : c == 2 ? of[2] : of[3]) *
-                      (1.0f / kLargestNumber);
-    rounding[b] += Sums<kBound>::rounding_of(weight_scale[b]);
   }
 }
 
-// Value products of the tile that was weighed.
-__device__ __forceinline__ void Worker::add_values(int buffer) {
+// Value products of the tile that was weighed, and where it matters the same with what the rounding of
+// its weights lost.
+__device__ __forceinline__ void Worker::add_values(int token, int buffer) {
   if (!value_rows[0]) return;
+#pragma unroll 1
+  for (bool is_fine = false;; is_fine = true) {
+    unrolled<0, kPieces>([&](auto piece) { add_piece<decltype(piece)::value>(token, buffer); });
+    if (is_fine || !has_fine_weights) break;
+    load_weights(mine.fine_weights);
+#pragma unroll
+    for (int b = 0; b < kHeadBlocks; ++b) weight_scale[b] = mine.fine_scales[4 * b + c];
+  }
+}
+
+// One piece: the first two planes, whose rows are in shared memory, and those behind.
+template <int kPiece>
+__device__ __forceinline__ void Worker::add_piece(int token, int buffer) {
+  constexpr int kCount = kPieceChannels<kPiece>;
   const u8* first = mine.value_first[buffer] + c * kPlaneRowBytes[0];
   const u8* second = mine.value_second + c * kPlaneRowBytes[1];
   const int swizzle1 = value_swizzle<kWidths[0]>(c), swizzle2 = value_swizzle<kWidths[1]>(c);
-  unrolled<0, kPieces>([&](auto piece) {
-    constexpr int kPiece = decltype(piece)::value, kCount = kPieceChannels<kPiece>;
-    int d[kHeadBlocks][4][4];
-    value_products<kWidths[0], kPiece>(
+  int d[kHeadBlocks][4][4], product[kHeadBlocks][kCount][2];
+  value_products<kWidths[0], kPiece>(
+      d,
+      [&](int i, bool upper) {
+        return value_word<kWidths[0], kPiece>(
+            first + i * 4 * kPlaneRowBytes[0], swizzle1, r, upper);
+      },
+      weights);
+  float scale = 1.0f;
+#pragma unroll
+  for (int b = 0; b < kHeadBlocks; ++b) {
+#pragma unroll
+    for (int j = 0; j < kCount; ++j) {
+      product[b][j][0] = joined(d[b][j][0], d[b][j][1]);
+      product[b][j][1] = joined(d[b][j][2], d[b][j][3]);
+    }
+  }
+  if (value_rows[1]) {
+    // Together below 2^31: 32 tokens, weights up to kLargestWeight, digits up to 255, 16-fold.
+    static_assert(u64{32} * kLargestWeight * 255 * 16 < u64{1} << 31);
+    value_products<kWidths[1], kPiece>(
         d,
         [&](int i, bool upper) {
-          return value_word<kWidths[0], kPiece>(
-              first + i * 4 * kPlaneRowBytes[0], swizzle1, r, upper);
+          return value_word<kWidths[1], kPiece>(
+              second + i * 4 * kPlaneRowBytes[1], swizzle2, r, upper);
         },
         weights);
-    float scale = 1.0f;
-    u32 product[kHeadBlocks][kCount][2];
+    scale = 1.0f / (1 << kWidths[1]);
 #pragma unroll
     for (int b = 0; b < kHeadBlocks; ++b) {
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        product[b][j][0] = joined(d[b][j][0], d[b][j][1]);
-        product[b][j][1] = joined(d[b][j][2], d[b][j][3]);
+        constexpr int kFiner = 1 << kWidths[1];
+        product[b][j][0] = product[b][j][0] * kFiner + joined(d[b][j][0], d[b][j][1]);
+        product[b][j][1] = product[b][j][1] * kFiner + joined(d[b][j][2], d[b][j][3]);
       }
     }
-    if (value_rows[1]) {
-      // Together below 2^32: 32 tokens, weights up to kLargestNumber, digits up to 255, 16-fold.
-      static_assert(u64{32} * kLargestNumber * 255 * 16 < u64{1} << 32);
-      value_products<kWidths[1], kPiece>(
-          d,
-          [&](int i, bool upper) {
-            return value_word<kWidths[1], kPiece>(
-                second + i * 4 * kPlaneRowBytes[1], swizzle2, r, upper);
-          },
-          weights);
-      scale = 1.0f / (1 << kWidths[1]);
+  }
 #pragma unroll
-      for (int b = 0; b < kHeadBlocks; ++b) {
+  for (int b = 0; b < kHeadBlocks; ++b) {
+    const float lower = weight_scale[b] * scale, upper = lower * (1.0f / 16);
+    float* out = output[b] + 8 * kPiece;
 #pragma unroll
-        for (int j = 0; j < kCount; ++j) {
-          product[b][j][0] = (product[b][j][0] << kWidths[1]) + joined(d[b][j][0], d[b][j][1]);
-          product[b][j][1] = (product[b][j][1] << kWidths[1]) + joined(d[b][j][2], d[b][j][3]);
-        }
-      }
+    for (int j = 0; j < kCount; ++j) {
+      out[2 * j] = fmaf(lower, static_cast<float>(product[b][j][0]), out[2 * j]);
+      out[2 * j + 1] = fmaf(upper, static_cast<float>(product[b][j][1]), out[2 * j + 1]);
     }
-#pragma unroll
-    for (int b = 0; b < kHeadBlocks; ++b) {
-      const float lower = weight_scale[b] * scale, upper = lower * (1.0f / 16);
-      float* out = output[b] + 8 * kPiece;
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        out[2 * j] = fmaf(lower, static_cast<float>(product[b][j][0]), out[2 * j]);
-        out[2 * j + 1] = fmaf(upper, static_cast<float>(product[b][j][1]), out[2 * j + 1]);
-      }
-    }
-    unrolled<2, kStoredPlanes>([&](auto plane) {
-      constexpr int kPlane = decltype(plane)::value;
-      if (value_rows[kPlane]) add_late_values<kPlane, kPiece>();
-    });
+  }
+  unrolled<2, kStoredPlanes>([&](auto plane) {
+    constexpr int kPlane = decltype(plane)::value;
+    if (value_rows[kPlane]) add_late_values<kPlane, kPiece>(token);
   });
 }
 
 // A piece of a third or later plane, straight from the cache: few rows have one.
 template <int kPlane, int kPiece>
-__device__ __forceinline__ void Worker::add_late_values() {
+__device__ __forceinline__ void Worker::add_late_values(int token) {
   constexpr int kWidth = kWidths[kPlane];
-  int d[kHeadBlocks][4][4];
   const u8* plane = a.cache.value_planes[kPlane];
+  const TileRows at = TileRows::of(a.cache, sequence, head, token);
+  int d[kHeadBlocks][4][4];
   value_products<kWidth, kPiece>(
       d,
       [&](int i, bool upper) {
         const int row = c + 4 * i;
         if (!(value_rows[kPlane] >> row & 1)) return 0u;
         return value_word<kWidth, kPiece>(
-            plane + value_at.of_row(row) * kPlaneRowBytes[kPlane], 0, r, upper);
+            plane + at.of_row(row) * kPlaneRowBytes[kPlane], 0, r, upper);
       },
       weights);
-  constexpr float kScale = 1.0f / (1 << gain(kPlane + 1));
-  constexpr float kUpper = kDigitsPerProduct<kWidth>;
+  constexpr float kScale = 1.0f / (1 << gain(kPlane + 1)), kUpper = kDigitsPerProduct<kWidth>;
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
     const float lower = weight_scale[b] * kScale, upper = lower * kUpper;
@@ -582,13 +653,15 @@ __device__ __forceinline__ void Worker::add_late_values() {
 
 // Rows kept in the input type: their scores and values have no error and read no plane.  They are few
 // and shared out over the warps of a head.
-__device__ __forceinline__ void Worker::add_exact_rows(const Range& range, int split) {
+__device__ __forceinline__ void Worker::add_exact_rows(
+    const Range& range, int split, int splits) {
   const int from_start = min(a.cache.exact_first, range.end - range.start);
   const int to_end = min(a.cache.exact_last, range.end - range.start - from_start);
   const i64 of_head = head_index(a.cache, sequence, head);
-  for (int i = split * kWarps + warp; i < from_start + to_end; i += a.splits * kWarps) {
+  for (int i = split * kWarps + warp; i < from_start + to_end; i += splits * kWarps) {
     const int token = i < from_start ? range.start + i : range.end - to_end + (i - from_start);
     if (!range.holds(token)) continue;
+    const bool is_first = block.reference[warp][0] == kNever;  // and the warp has no tile
     const int slot = exact_slot(a.cache, token, range.start, range.end);
     const RowBits* key = a.cache.exact_keys + exact_offset(a.cache, of_head, slot);
     const RowBits* value = a.cache.exact_values + exact_offset(a.cache, of_head, slot);
@@ -607,8 +680,10 @@ __device__ __forceinline__ void Worker::add_exact_rows(const Range& range, int s
       } else {
         weight[g] = fmaf(dot, kLog2e, -block.constants[kHint][g]);
       }
-      if (shifted) weight[g] -= block.reference[warp][g];
-      weight[g] = exp2_fast(weight[g]);
+      __syncwarp();
+      if (is_first && lane == 0) block.reference[warp][g] = block.trusted ? 0.0f : weight[g];
+      __syncwarp();
+      weight[g] = exp2_fast(weight[g] - block.reference[warp][g]);
       if (lane == 0) total[g] += weight[g], sums.add_exact(g, weight[g]);
     }
     unrolled<0, kPieces>([&](auto piece) {
@@ -632,6 +707,7 @@ __device__ __forceinline__ void Worker::add_exact_rows(const Range& range, int s
 // ---- the end of a warp ----------------------------------------------------------------------------
 
 __device__ __forceinline__ void Worker::leave_sums() {
+  leave_reads();
   float(&to)[kSumCount][kHeads] = block.sums[warp];
 #pragma unroll
   for (int g = 0; g < kHeads; ++g) {
@@ -640,15 +716,11 @@ __device__ __forceinline__ void Worker::leave_sums() {
     const float whole = exists ? warp_sum(total[head_of]) : 0.0f;
     const float half = exists ? warp_sum(halves[head_of]) : 0.0f;
     if (lane == 0) to[kTotal][g] = whole, to[kHalves][g] = half;
-    unrolled<0, Sums<kBound>::kCount>([&](auto i) {
+    unrolled<0, Sums::kCount>([&](auto i) {
       constexpr int kSum = decltype(i)::value;
       const float sum = exists ? warp_sum(sums.template at<kSum>(head_of)) : 0.0f;
       if (lane == 0) to[kFirstBound + kSum][g] = sum;
     });
-  }
-#pragma unroll
-  for (int b = 0; b < kHeadBlocks; ++b) {
-    if (r == 0) to[kRounding][4 * b + c] = rounding[b];
   }
   if constexpr (kSampleValues) {
     const float most = warp_max(largest_draw);
@@ -699,7 +771,6 @@ __device__ __forceinline__ void set_constants(
   if (!known || theta == infinity) shared.trusted = false;  // a probe knows nothing yet
   const float hint = known ? log_z * kLog2e : 0.0f;
   const float deviation = query.numbers[kDeviation][g], worst = query.numbers[kWorst][g];
-  constexpr bool kCertain = kBound == Bound::Deterministic;
   const float error = (kCertain ? worst : deviation) / theta;
   float(&to)[kConstants][kHeads] = shared.constants;
   to[kHint][g] = hint;
@@ -711,75 +782,100 @@ __device__ __forceinline__ void set_constants(
   const float share = a.step.skip_share * (kSampleValues ? kSamplingFactor : 1.0f);
   to[kWanted][g] = share > 0 ? log2_fast(kHalfRange / (share * theta)) : infinity;
   to[kError][g] = kCertain ? worst : deviation;
+  to[kCoarse][g] = theta * (2.0f * kLargestWeight / kLargestPrefix);
   to[kErrorMore][g] = kCertain ? query.numbers[kShift][g] : spread;
   shared.theta[g] = theta;
   shared.sampling_share = share;
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(const DecodeArguments a) {
+// A head's queries and what its hints make of them.
+__device__ __forceinline__ void load_query(const DecodeArguments& a, DecodeShared& shared, i64 of_head) {
+  const Query& query = reinterpret_cast<const Query*>(a.workspace.queries)[of_head];
+  const u8* from = reinterpret_cast<const u8*>(&query);
+  for (int i = threadIdx.x; i < static_cast<int>(sizeof(Query)) / 16; i += kThreads) {
+    copy_async<16>(shared_address(&shared.query) + 16 * i, from + 16 * i);
+  }
+  if (threadIdx.x < kGroup) set_constants(a, shared, query, of_head, threadIdx.x);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
+    const __grid_constant__ DecodeArguments a) {
   extern __shared__ __align__(16) u8 memory[];
   DecodeShared& shared = *reinterpret_cast<DecodeShared*>(memory);
-  const int split = blockIdx.x, of_head = blockIdx.y, warp = threadIdx.x / 32;
-  const int head = of_head % a.cache.kv_heads, sequence = of_head / a.cache.kv_heads;
-  const int lane = lane_of_thread();
-  Worker worker(a, shared, sequence, head, warp);
+  const int warp = threadIdx.x / 32, lane = lane_of_thread();
+  const int block = blockIdx.y * gridDim.x + blockIdx.x, heads = gridDim.y;
+  const bool again = a.pass > 0;
+  const u32* missed = again ? a.workspace.retry + (a.pass - 1) % 2 * heads : nullptr;
+  u32* missed_now = a.workspace.retry + a.pass % 2 * heads;
+  if (again) {
+    await_previous_kernel();
+    // A head that is not read again does not miss again.
+    if (block < heads && !missed[block] && threadIdx.x == 0) missed_now[block] = 0;
+  }
+  const Share share =
+      again ? Share::of_missed(missed, heads, block, gridDim.x * gridDim.y)
+            : Share{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x),
+                    static_cast<int>(gridDim.x)};
+  if (share.splits == 0) return;
+  const int split = share.split, splits = share.splits, of_head = share.head;
+  Worker worker(a, shared, of_head, warp);
 
   // The first tiles whose rows are older than this step need not wait for prepare.cu.
-  const int start = a.cache.starts[sequence];
   bool fetched[kKeyStages] = {};
-  if (a.pass == 0 && a.step.window == 0) {
+  if (!again && a.step.window == 0 && kStridedTiles) {
     // prepare.cu may or may not have counted the new token: rows before both are safe.
-    const Range range = Range::of(start, min(a.cache.lengths[sequence], a.cache.capacity), 0);
-    const Course course = Course::of(range, split, a.splits, warp);
+    const int length = min(a.cache.lengths[worker.sequence], a.cache.capacity);
+    const Range range = Range::of(a.cache.starts[worker.sequence], length, 0);
+    const Course course = Course::of(range, split, splits, warp);
 #pragma unroll
     for (int stage = 0; stage < kKeyStages; ++stage) {
       const int token = course.token + stage * course.step;
-      if (kStridedTiles && token + kTile < range.end) {
-        const TileRows rows = TileRows::of(a.cache, sequence, head, token);
+      if (token + kTile < range.end) {
+        const TileRows rows = TileRows::of(a.cache, worker.sequence, worker.head, token);
         worker.fetch(range, token, rows, stage);
         if (kEagerValues && stage == 0) worker.fetch_values(range, token, rows);
         fetched[stage] = true;
       }
-      commit_copies();
     }
   }
   float4* classes = reinterpret_cast<float4*>(shared.classes[warp]);
   for (int i = lane; i < kDitherRows * kHeadBlocks; i += 32) classes[i] = make_float4(0, 0, 0, 0);
   if (lane < kHeads) shared.reference[warp][lane] = kNever;
+  shared.lane_reads[warp][lane] = {0, 0};
   if (threadIdx.x < 2 * kStoredPlanes) shared.reads[threadIdx.x] = 0;
   if (threadIdx.x == 0) shared.trusted = true;
   for (int i = threadIdx.x; i < kConstants * kHeads; i += kThreads) (&shared.constants[0][0])[i] = 0;
   __syncthreads();
-  await_previous_kernel();
-  if (a.pass > 0 && !a.workspace.retry[of_head]) return;
-
-  const Query& query = reinterpret_cast<const Query*>(a.workspace.queries)[of_head];
-  for (int i = threadIdx.x; i < sizeof(Query) / 16; i += kThreads) {
-    copy_async<16>(shared_address(&shared.query) + 16 * i, reinterpret_cast<const u8*>(&query) + 16 * i);
+  if (!again) await_previous_kernel();
+  load_query(a, shared, of_head);
+  await_copies<0>();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    shared.range = Range::of(a.cache.starts[worker.sequence], shared.query.length, a.step.window);
   }
-  if (threadIdx.x < kGroup) set_constants(a, shared, query, of_head, threadIdx.x);
-  const Range range = Range::of(start, query.length, a.step.window);
-  const Course course = Course::of(range, split, a.splits, warp);
+  __syncthreads();
+  const Range& range = shared.range;  // read again where it is needed: registers are scarce
+  const Course course = Course::of(range, split, splits, warp);
 #pragma unroll
   for (int stage = 0; stage < kKeyStages; ++stage) {
     const int token = course.token + stage * course.step;
     if (token < course.end && !fetched[stage]) {
-      const TileRows rows = TileRows::of(a.cache, sequence, head, token);
+      const TileRows rows = TileRows::of(a.cache, worker.sequence, worker.head, token);
       worker.fetch(range, token, rows, stage);
       if (kEagerValues && stage == 0) worker.fetch_values(range, token, rows);
     }
+    commit_copies();
   }
-  commit_copies();
   await_copies<0>();
-  __syncthreads();
+  __syncwarp();
   worker.run(range, course, shared.trusted);
 
   release_next_kernel();
-  if constexpr (kExactRows) worker.add_exact_rows(range, split);
+  if constexpr (kExactRows) worker.add_exact_rows(range, split, splits);
   worker.leave_sums();
   await_copies<0>();
-  Partial* parts = reinterpret_cast<Partial*>(a.workspace.partials) + static_cast<i64>(of_head) * a.splits;
-  Partial& part = parts[split];
+  Partial& part = reinterpret_cast<Partial*>(a.workspace.partials)[block];
+  const Partial* parts = &part - split;
   __syncthreads();
   set_warp_factors(shared, part);
   __syncthreads();
@@ -792,18 +888,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(cons
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    shared.is_last = atomicAdd(a.workspace.arrived + of_head, 1) == a.splits - 1;
+    shared.is_last = atomicAdd(a.workspace.arrived + of_head, 1) == splits - 1;
     __threadfence();
   }
   __syncthreads();
   if (!shared.is_last) return;
 
   Merge& merge = *reinterpret_cast<Merge*>(shared.tiles);
-  set_factors(merge.factor, merge.whole, parts, a.splits);
+  const i16* dither = dither_row(a.cache, 1, 0);
+  DitherShare entries;
+  if (threadIdx.x < kShares * kChannels) {
+    entries.fetch(dither, threadIdx.x / kChannels * kSharedClasses, threadIdx.x % kChannels);
+  }
+  set_factors(merge.factor, merge.whole, parts, splits);
   __syncthreads();
-  sum_parts(merge.whole, parts, merge.factor, a.splits);
+  sum_parts(merge.whole, parts, merge.factor, splits);
   __syncthreads();
-  correct_dither(merge, dither_row(a.cache, 1, 0));
+  correct_dither(merge, dither, entries);
   if (threadIdx.x == 0) {
     a.workspace.arrived[of_head] = 0;
     shared.is_last = false;  // from here on: whether a head missed
@@ -815,5 +916,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(cons
     if (answer(a, shared, merge, of_head, g) && lane == 0) shared.is_last = true;
   }
   __syncthreads();
-  if (threadIdx.x == 0) a.workspace.retry[of_head] = shared.is_last;
+  if (threadIdx.x == 0) missed_now[of_head] = shared.is_last;
 }

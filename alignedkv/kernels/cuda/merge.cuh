@@ -108,7 +108,7 @@ __device__ __forceinline__ void sum_parts(
     const float4* from = reinterpret_cast<const float4*>(parts) + column;
     constexpr int kStride = sizeof(Partial) / 16;
     float4 sum = make_float4(0, 0, 0, 0);
-    constexpr int kBatch = 12;
+    constexpr int kBatch = 17;
     for (int first = 0; first < splits; first += kBatch) {
       float4 x[kBatch];
 #pragma unroll
@@ -131,21 +131,32 @@ __device__ __forceinline__ void sum_parts(
   }
 }
 
-// sum_s B_s U_s of each channel (theory.md (2.3)), in shares.
-__device__ __forceinline__ void correct_dither(Merge& merge, const i16* dither) {
-  constexpr int kClasses = kDitherRows / kShares, kBatch = kClasses < 16 ? kClasses : 16;
+// A thread's share of the value dither: entries of one channel, fetched before they are needed.
+constexpr int kSharedClasses = kDitherRows / kShares;
+constexpr int kDitherBatch = kSharedClasses < 16 ? kSharedClasses : 16;
+struct DitherShare {
+  i16 entry[kDitherBatch];
+
+  __device__ __forceinline__ void fetch(const i16* dither, int first, int channel) {
+#pragma unroll
+    for (int k = 0; k < kDitherBatch; ++k) entry[k] = dither[(first + k) * kChannels + channel];
+  }
+};
+
+// sum_s B_s U_s of each channel (theory.md (2.3)), in shares.  `fetched`: the thread's first batch.
+__device__ __forceinline__ void correct_dither(
+    Merge& merge, const i16* dither, const DitherShare& fetched) {
   for (int i = threadIdx.x; i < kShares * kChannels; i += kThreads) {
-    const int channel = i % kChannels, share = i / kChannels;
+    const int channel = i % kChannels, share = i / kChannels, begin = share * kSharedClasses;
     float sum[kGroup] = {};
-    for (int first = share * kClasses; first < (share + 1) * kClasses; first += kBatch) {
-      i16 entry[kBatch];
+    DitherShare batch = fetched;
+    for (int first = begin; first < begin + kSharedClasses; first += kDitherBatch) {
+      if (i >= kThreads || first > begin) batch.fetch(dither, first, channel);
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k) entry[k] = dither[(first + k) * kChannels + channel];
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
+      for (int k = 0; k < kDitherBatch; ++k) {
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
-          sum[g] = fmaf(merge.whole.classes[first + k][g], entry[k], sum[g]);
+          sum[g] = fmaf(merge.whole.classes[first + k][g], batch.entry[k], sum[g]);
         }
       }
     }
@@ -206,12 +217,10 @@ __device__ __forceinline__ bool answer(
 
   HeadTotals head;
 #pragma unroll
-  for (int i = 0; i < Sums<kBound>::kCount; ++i) {
+  for (int i = 0; i < Sums::kCount; ++i) {
     const float scale = is_square(kFirstBound + i) ? inverse * inverse : inverse;
     head.sums[i] = whole.sums[kFirstBound + i][g] * scale;
   }
-  head.rounding =
-      whole.sums[kRounding][g] * (Sums<kBound>::kSquaredRounding ? inverse * inverse : inverse);
   head.classes = classes * inverse;
   head.sink = sink * inverse;
   head.spread_hint = a.state.spread[query_head], head.spread = spread;

@@ -9,15 +9,31 @@
 #include "query.cuh"
 #include "rows.cuh"
 
-constexpr int kPrepareWarps = 8;
+// Warps that turn queries, one that encodes the new key, one the new value.
+constexpr int kQueryWarps = 6;
+constexpr int kPrepareWarps = kQueryWarps + 2;
 static_assert(kDitherRows % 16 == 0, "dither rows are multiplied 16 at a time");
 
 struct PrepareShared {
   i16 numbers[kHeads][kChannels];  // q' in units of its largest over kLargestNumber
+  u32 digits[kHeadBlocks * kSlots * 32];  // as in `Query`
   float unit[kHeads];
   float sum[kHeads];
-  Words words;
+  Words words[2];
 };
+
+// Wait for the warps that turn queries alone.
+__device__ __forceinline__ void await_query_warps() {
+  asm volatile("bar.sync 1, %0;" :: "n"(32 * kQueryWarps) : "memory");
+}
+
+// Bring what no kernel before this one has written close, while that one still runs.
+__device__ __forceinline__ void touch(const void* from, int bytes) {
+  for (int i = 128 * threadIdx.x; i < bytes; i += 128 * 32 * kPrepareWarps) {
+    u32 word;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(word) : "l"(static_cast<const u8*>(from) + i));
+  }
+}
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -93,6 +109,40 @@ __device__ __forceinline__ u32 digit_word(const i16* numbers, bool low) {
   return word;
 }
 
+// Half of a row's scales: the key's is the lower one.
+__device__ __forceinline__ void store_scale(const Cache& cache, i64 row, int side, u32 scale_bits) {
+  reinterpret_cast<u16*>(cache.scales + row)[side] = static_cast<u16>(scale_bits);
+}
+
+// One warp: the key (side 0) or the value (side 1) of the new token, as `encode_token` of rows.cuh does
+// one after the other.
+__device__ void append(const DecodeArguments& a, Words& words, int sequence, int head, int side,
+                       int token, int length) {
+  const Cache& cache = a.cache;
+  const i64 of_head = head_index(cache, sequence, head);
+  const i64 row = row_index(cache, sequence, head, token);
+  const auto& strides = side == 0 ? a.rows.key_strides : a.rows.value_strides;
+  const RowBits* from = (side == 0 ? a.rows.keys : a.rows.values) +
+                        sequence * strides[0] + head * strides[1];
+  float x[kPerLane];
+  load_row<kRowDtype>(x, from);
+  if (side == 0) {
+    transform_key(x, cache, of_head);
+  } else {
+    centre_value(x, cache, of_head);
+  }
+  const u32 scale = encode_row(x, dither_row(cache, side, dither_class(token)), words);
+  store_planes(words, side == 0 ? cache.key_planes : cache.value_planes, row);
+  if (lane_of_thread() == 0) store_scale(cache, row, side, scale);
+  if constexpr (kExactRows) {
+    const int slot = exact_slot(cache, token, cache.starts[sequence], length);
+    if (slot < 0) return;
+    RowBits* to = (side == 0 ? cache.exact_keys : cache.exact_values) +
+                  exact_offset(cache, of_head, slot);
+    for (int c = lane_of_thread(); c < kHeadDim; c += kWarpSize) to[c] = from[c];
+  }
+}
+
 // 16 dither rows times the queries of four heads -> what a class adds to a score, per unit of g:
 // 7.5 for the middle of the first digit and the offset of the words, and the dither itself.
 __device__ __forceinline__ void class_products(
@@ -111,7 +161,8 @@ __device__ __forceinline__ void class_products(
     }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      q[k] = query.digits[block][(s + k) / kSlotVector][lane][(s + k) % kSlotVector];
+      const int vector = block * (kSlots / kSlotVector) + (s + k) / kSlotVector;
+      q[k] = shared.digits[(vector * 32 + lane) * kSlotVector + (s + k) % kSlotVector];
     }
     multiply_add_signed(high, upper[0], upper[1], upper[2], upper[3], q[0], q[1]);
     multiply_add(low, lower[0], lower[1], lower[2], lower[3], q[0], q[1]);
@@ -127,60 +178,73 @@ __device__ __forceinline__ void class_products(
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(const DecodeArguments a) {
+extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
+    const __grid_constant__ DecodeArguments a) {
   __shared__ PrepareShared shared;
   const int warp = threadIdx.x / 32, kv_head = blockIdx.x, sequence = blockIdx.y;
+  const int lane = lane_of_thread();
+  const i64 of_head = head_index(a.cache, sequence, kv_head);
+  touch(a.cache.balance + of_head * kHeadDim, kHeadDim * 4);
+  touch(a.cache.key_mean + of_head * kHeadDim, kHeadDim * 4);
+  touch(a.cache.value_mean + of_head * kHeadDim, kHeadDim * 4);
+  touch(a.cache.signs, kChannels * 4);
+  touch(a.cache.dither, 2 * kDitherRows * kChannels * 2);
   await_previous_kernel();
   release_next_kernel();
-  const i64 of_head = head_index(a.cache, sequence, kv_head);
+
   Query& query = reinterpret_cast<Query*>(a.workspace.queries)[of_head];
   const int before = a.cache.lengths[sequence], length = before + a.rows.tokens;
+  const u32 step = *a.state.step;
   const bool fits = !overfull(a.cache, length);
-
-  for (int g = kGroup + warp; g < kHeads; g += kPrepareWarps) {
-    for (int c = lane_of_thread(); c < kChannels; c += 32) shared.numbers[g][c] = 0;
-    if (lane_of_thread() == 0) {
-      shared.unit[g] = shared.sum[g] = 0;
-      for (int n = 0; n < kNumbers; ++n) query.numbers[n][g] = 0;
-    }
+  if (warp == 0 && lane == 0) {
+    query.length = fits ? length : -1;
+    query.stream = mix(mix(mix(a.step.seed + kSpread) ^ step) ^ static_cast<u32>(of_head));
   }
-  for (int g = warp; g < kGroup; g += kPrepareWarps) {
+  __syncthreads();  // all threads of the block have read the length and the step
+  if (warp >= kQueryWarps) {
+    const int side = warp - kQueryWarps;
+    // When all blocks of a sequence have read its length, and all blocks the counter of steps, the
+    // last may advance them.
+    if (side == 0 && lane == 0) {
+      if (atomicAdd(a.workspace.prepared + sequence, 1) == gridDim.x - 1) {
+        a.workspace.prepared[sequence] = 0;
+        if (fits) a.cache.lengths[sequence] = length;
+      }
+    }
+    if (side == 1 && lane == 0) {
+      if (atomicAdd(a.workspace.all_prepared, 1) == gridDim.x * gridDim.y - 1) {
+        *a.workspace.all_prepared = 0;
+        *a.state.step = step + 1;
+      }
+    }
+    if (lane < kStoredPlanes) {
+      a.result.reads[(of_head * 2 + side) * kStoredPlanes + lane] = 0;
+    }
+    if (a.rows.tokens == 1 && fits) {
+      append(a, shared.words[side], sequence, kv_head, side, before, length);
+    }
+    return;
+  }
+
+  for (int g = kGroup + warp; g < kHeads; g += kQueryWarps) {
+    for (int c = lane; c < kChannels; c += 32) shared.numbers[g][c] = 0;
+    if (lane == 0) shared.unit[g] = shared.sum[g] = 0;
+    if (lane < kNumbers) query.numbers[lane][g] = 0;
+  }
+  for (int g = warp; g < kGroup; g += kQueryWarps) {
     turn_query(a, shared, query, sequence, kv_head, g);
   }
-  if (warp == kPrepareWarps - 1 && a.rows.tokens == 1 && fits) {
-    const i64 key = sequence * a.rows.key_strides[0] + kv_head * a.rows.key_strides[1];
-    const i64 value = sequence * a.rows.value_strides[0] + kv_head * a.rows.value_strides[1];
-    encode_token(a.cache, sequence, kv_head, before, length, a.rows.keys + key,
-                 a.rows.values + value, shared.words);
-  }
-  __syncthreads();
-  u32* digits = &query.digits[0][0][0][0];
-  for (int i = threadIdx.x; i < kHeadBlocks * kSlots * 32; i += kPrepareWarps * 32) {
+  await_query_warps();
+  for (int i = threadIdx.x; i < kHeadBlocks * kSlots * 32; i += 32 * kQueryWarps) {
     const int block = i / (kSlots * 32), in_block = i % (kSlots * 32);
     const int slot = in_block / (32 * kSlotVector) * kSlotVector + in_block % kSlotVector;
-    const int lane = in_block / kSlotVector % 32, column = lane / 4;
-    const i16* numbers = shared.numbers[4 * block + column / 2] + slot_channel(slot, lane % 4);
-    digits[i] = digit_word(numbers, column % 2);
+    const int of_lane = in_block / kSlotVector % 32, column = of_lane / 4;
+    const i16* numbers = shared.numbers[4 * block + column / 2] + slot_channel(slot, of_lane % 4);
+    shared.digits[i] = digit_word(numbers, column % 2);
+    (&query.digits[0][0][0][0])[i] = shared.digits[i];
   }
-  if (threadIdx.x < 2 * kStoredPlanes) a.result.reads[of_head * 2 * kStoredPlanes + threadIdx.x] = 0;
-  if (threadIdx.x == 0) {
-    query.length = fits ? length : -1;
-    query.stream = mix(mix(mix(a.step.seed + kSpread) ^ *a.state.step) ^ static_cast<u32>(of_head));
-  }
-  __syncthreads();
-  for (int i = warp; i < kDitherRows / 16 * kHeadBlocks; i += kPrepareWarps) {
+  await_query_warps();
+  for (int i = warp; i < kDitherRows / 16 * kHeadBlocks; i += kQueryWarps) {
     class_products(a.cache.dither, shared, query, i / kHeadBlocks * 16, i % kHeadBlocks);
-  }
-  // All blocks of a sequence have read its length, and all blocks the counter of steps: the last may
-  // advance them.
-  if (threadIdx.x == 0) {
-    if (atomicAdd(a.workspace.prepared + sequence, 1) == gridDim.x - 1) {
-      a.workspace.prepared[sequence] = 0;
-      if (fits) a.cache.lengths[sequence] = length;
-    }
-    if (atomicAdd(a.workspace.all_prepared, 1) == gridDim.x * gridDim.y - 1) {
-      *a.workspace.all_prepared = 0;
-      *a.state.step += 1;
-    }
   }
 }
