@@ -36,7 +36,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"sliding_window": None},
     "Qwen2": {},
     "Qwen3": {},
-    "Gemma2": {**WINDOWS, "query_pre_attn_scalar": 64, "attn_logit_softcapping": 2.0},
+    "Gemma2": {
+        **WINDOWS,
+        "query_pre_attn_scalar": 64,
+        "attn_logit_softcapping": 2.0,
+        "attn_implementation": "eager",
+    },
     "Gemma3": {**WINDOWS, "query_pre_attn_scalar": 64},
     "Phi3": {"hidden_size": 256, "sliding_window": None},
     "Olmo2": {"hidden_size": 256},

@@ -78,10 +78,12 @@ def check_model(model: PreTrainedModel, request: Request) -> list[ServedLayer]:
         )
     config = model.config.get_text_config(decoder=True)
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return [_served_layer(name, module, kv_heads, request) for module in modules]
+    return [_served_layer(name, module, stock, kv_heads, request) for module in modules]
 
 
-def _served_layer(name: str, module: nn.Module, kv_heads: int, request: Request) -> ServedLayer:
+def _served_layer(
+    name: str, module: nn.Module, stock: str, kv_heads: int, request: Request
+) -> ServedLayer:
     where = f"{name}, layer {module.layer_idx}"
     group: Any = module.num_key_value_groups
     forward = inspect.signature(module.forward)
@@ -115,6 +117,12 @@ def _served_layer(name: str, module: nn.Module, kv_heads: int, request: Request)
         softcap=bool(getattr(module, "attn_logit_softcapping", None)),
         sinks=hasattr(module, "sinks"),
     )
+    if stock == "sdpa" and (spec.softcap or spec.sinks):
+        what = "a softcap of its scores" if spec.softcap else "attention sinks"
+        raise UnsupportedModelError(
+            f"{where} has {what}, which attention 'sdpa' leaves out or refuses: call "
+            "set_attn_implementation('eager') first"
+        )
     return ServedLayer(module=module, spec=spec, kv_heads=kv_heads, device=parameter.device)
 
 

@@ -107,6 +107,12 @@ def encoder_decoder() -> PreTrainedModel:
     return T5ForConditionalGeneration(T5Config(**sizes, vocab_size=64))
 
 
+def softcap_on_sdpa() -> PreTrainedModel:
+    model = make_tiny("Gemma2")
+    model.config._attn_implementation_internal = "sdpa"
+    return model
+
+
 def other_attention() -> PreTrainedModel:
     model = make_tiny("Llama")
     model.set_attn_implementation("flex_attention")
@@ -118,6 +124,7 @@ def other_attention() -> PreTrainedModel:
     [
         (lambda: torch.nn.Linear(2, 2), "no transformers model"),
         (encoder_decoder, "encoder-decoder"),
+        (softcap_on_sdpa, r"softcap .* set_attn_implementation\('eager'\) first"),
         (other_attention, "'flex_attention'.*sdpa and eager"),
         (lambda: make_tiny("Llama", head_dim=32), "heads of 32 channels; the kernels take 64"),
         (
