@@ -24,14 +24,9 @@ def probed(problem: Problem) -> HeadState:
     )
 
 
-def check_step(problem: Problem, state: HeadState, found: DecodeResult) -> None:
-    """Compare a step (NumPy arrays) with exact attention and with the reference's step."""
+def check_error(problem: Problem, found: DecodeResult) -> None:
+    """Hold a step to exact attention, within its own bound."""
     p, spec = problem, problem.spec
-    wanted = reference.decode(spec, p.cache, p.query, state, p.arguments, sinks=p.sinks)
-    for name in ("output", "bound", "size", "missed", "reads"):
-        assert getattr(found, name).shape == getattr(wanted, name).shape
-        assert getattr(found, name).dtype == getattr(wanted, name).dtype
-
     output = to_float32(found.output, spec.query_dtype).astype(np.float64)
     exact = p.exact().output
     u, tiny = _UNIT[spec.query_dtype].unit_roundoff, _UNIT[spec.query_dtype].smallest_subnormal
@@ -39,16 +34,29 @@ def check_step(problem: Problem, state: HeadState, found: DecodeResult) -> None:
     rounding = (u / (1 - u) + 2.0**-24) * np.maximum(np.abs(output), np.abs(exact)).max(-1) + tiny
     assert (np.abs(output - exact).max(axis=-1) <= found.bound + rounding).all()
 
-    # How much finer a repair reads depends on the bound before it; the last one reads everything.
-    same = (found.reads == wanted.reads).all()
-    assert same or p.arguments.repairs > 1
-    assert (found.bound >= wanted.bound).all() or not same
+
+def check_step(problem: Problem, state: HeadState, found: DecodeResult) -> None:
+    """Compare a step (NumPy arrays) with exact attention and with the reference's step.
+
+    Where one bound misses and the other just does not, only one of them is repaired: leave repairs
+    out, or none of the bounds near the tolerance.
+    """
+    p, spec = problem, problem.spec
+    wanted = reference.decode(spec, p.cache, p.query, state, p.arguments, sinks=p.sinks)
+    for name in ("output", "bound", "size", "missed", "reads"):
+        assert getattr(found, name).shape == getattr(wanted, name).shape
+        assert getattr(found, name).dtype == getattr(wanted, name).dtype
+
+    check_error(p, found)
+
+    np.testing.assert_array_equal(found.reads, wanted.reads)
+    assert (found.bound >= wanted.bound).all()
     # The float32 of scores is below a sixteenth of what four planes leave open; that of values is
     # c_acc 8.5 g, and 7.5 g is at most the largest distance of a value from the mean, rounded up.
     model = arithmetic.numba_cuda(tile=numba_cuda.THREADS)
     largest = 2 * np.abs(p.values).max() * (1 + 2.0**-7) / 7.5
     sums = model.accumulation * arithmetic.REACH * largest
-    assert (found.bound <= 1.0625 * wanted.bound + sums).all() or not same
+    assert (found.bound <= 1.0625 * wanted.bound + sums).all()
     np.testing.assert_array_equal(found.missed, wanted.missed)
 
     np.testing.assert_allclose(found.state.log_z, wanted.state.log_z, rtol=1e-5, atol=1e-5)

@@ -16,7 +16,7 @@ import pytest
 from alignedkv.errors import LaunchError, SpecError
 from alignedkv.kernels import numba_cuda
 from alignedkv.kernels.arrays import DecodeResult, HeadState
-from numba_cuda_checks import NAMES, check_step, probed
+from numba_cuda_checks import NAMES, check_error, check_step, probed
 from problems import RECIPES, Problem, make, recipe
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +126,9 @@ def run_on_device(p: Problem, state: HeadState, **options: Any) -> DecodeResult:
 def test_a_step_on_a_gpu_is_the_reference_s(name: str) -> None:
     problem = make(RECIPES[name])
     state = probed(problem)
-    check_step(problem, state, run_on_device(problem, state))
+    check_error(problem, run_on_device(problem, state))
+    once = replace(problem, arguments=replace(problem.arguments, repairs=0))
+    check_step(once, state, run_on_device(once, state))
 
 
 @pytest.mark.gpu
@@ -145,7 +147,12 @@ def test_the_probe_on_a_gpu_is_the_reference_s() -> None:
 
 @pytest.mark.gpu
 def test_many_tokens_and_splits_on_a_gpu() -> None:
-    problem = make(recipe(shape={"batch": 1, "tokens": 3000, "head_dim": 128, "group": 4}))
+    problem = make(
+        recipe(
+            shape={"batch": 1, "tokens": 3000, "head_dim": 128, "group": 4},
+            arguments={"repairs": 0},
+        )
+    )
     state = probed(problem)
     for splits in (1, 7, None):
         check_step(problem, state, run_on_device(problem, state, splits=splits))
