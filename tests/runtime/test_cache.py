@@ -62,7 +62,8 @@ class CallByCall(RuleBasedStateMachine):
             new = rows(self.batch, tokens, seed + 1000 * layer)
             assert_same(self.ours.update(*new, layer), self.stock.update(*new, layer), self.length)
 
-    @precondition(lambda self: self.length > 0)
+    # Static layers of older versions of transformers have no crop to compare with.
+    @precondition(lambda self: self.length > 0 and hasattr(self.stock.layers[0], "crop"))
     @rule(data=st.data())
     def crop(self, data: st.DataObject) -> None:
         tokens = data.draw(st.integers(0, self.length))
