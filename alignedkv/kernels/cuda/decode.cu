@@ -795,6 +795,7 @@ __device__ __forceinline__ void load_query(const DecodeArguments& a, DecodeShare
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(Query)) / 16; i += kThreads) {
     copy_async<16>(shared_address(&shared.query) + 16 * i, from + 16 * i);
   }
+  commit_copies();  // a wait is for committed copies only
   if (threadIdx.x < kGroup) set_constants(a, shared, query, of_head, threadIdx.x);
 }
 
