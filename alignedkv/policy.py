@@ -17,8 +17,11 @@ from alignedkv.planes import DEFAULT_LAYOUT, PlaneLayout
 
 #: theta / tau at 4096 tokens from which feedback starts (theory.md 6, "Suggested default").
 START_THETA = 2.0**-7.5
-#: Bits of margin that feedback keeps below the tolerance (measurements.md 6).
-FEEDBACK_MARGIN_BITS = 0.6
+#: Bits below the tolerance at which feedback aims, and its gain.  log Z of neighbouring tokens
+#: differs by 1.7 bits (standard deviation, SmolLM2): feedback must average over that, not follow
+#: it, or every other step misses and is repaired.
+FEEDBACK_MARGIN_BITS = 1.0
+FEEDBACK_GAIN = 0.25
 #: theta stays within these multiples of tau whatever feedback says.
 THETA_RANGE = (2.0**-20, 4.0)
 
@@ -148,8 +151,8 @@ def feedback_theta(
 ) -> NDArray[np.float64]:
     """The next step's theta from this step's bound.
 
-    Full gain, `FEEDBACK_MARGIN_BITS` of margin, at most a factor of 4 a step, and never outside
-    `THETA_RANGE`.
+    In bits, `FEEDBACK_GAIN` of the way to `FEEDBACK_MARGIN_BITS` below the tolerance; at most a
+    factor of 4 a step, and never outside `THETA_RANGE`.
 
     Parameters
     ----------
@@ -157,8 +160,9 @@ def feedback_theta(
         Absolute thresholds, bounds and allowed errors of the heads, any one shape.
     """
     wanted = tau / np.maximum(bound, np.finfo(np.float64).tiny) * 2.0**-FEEDBACK_MARGIN_BITS
+    factor = np.clip(wanted**FEEDBACK_GAIN, 0.25, 4.0)
     lowest, highest = (ratio * tau for ratio in THETA_RANGE)
-    following: NDArray[np.float64] = np.clip(theta * np.clip(wanted, 0.25, 4.0), lowest, highest)
+    following: NDArray[np.float64] = np.clip(theta * factor, lowest, highest)
     return following
 
 

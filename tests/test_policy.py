@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from alignedkv.errors import SpecError
 from alignedkv.planes import PlaneLayout
 from alignedkv.policy import (
+    FEEDBACK_GAIN,
+    FEEDBACK_MARGIN_BITS,
     THETA_RANGE,
     BoundKind,
     PrecisionPolicy,
@@ -116,13 +118,13 @@ def test_feedback_moves_towards_the_tolerance_and_stays_in_range(
         assert 0.25 * (1 - 1e-12) <= following / theta <= 4 * (1 + 1e-12)
         if bound > tau:
             assert following < theta
-        if bound < tau / 2:
+        if bound < tau * 2.0 ** -(FEEDBACK_MARGIN_BITS + 0.1):
             assert following > theta
 
 
 def test_feedback_of_a_bound_that_was_met_exactly_keeps_its_margin() -> None:
     found = feedback_theta(np.array(0.01), np.array(1.0), np.array(1.0))
-    assert found == pytest.approx(0.01 * 2.0**-0.6)
+    assert found == pytest.approx(0.01 * 2.0 ** -(FEEDBACK_MARGIN_BITS * FEEDBACK_GAIN))
 
 
 @pytest.mark.parametrize("bound", list(BoundKind))

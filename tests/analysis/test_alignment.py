@@ -270,7 +270,7 @@ def test_feedback_finds_a_theta_that_meets_the_tolerance():
         tau = policy.tolerance * scores.size
         missed.append(certificate.missed.mean())
         theta = feedback_theta(theta, certificate.bound, tau)
-    # Once settled, bounds stay within a factor 2 of 0.6 bits below the tolerance.
+    # Once settled, bounds stay near FEEDBACK_MARGIN_BITS below the tolerance.
     assert np.mean(missed[4:]) < 0.5
     assert (certificate.bound > tau / 8).all()
 

@@ -159,18 +159,27 @@ def solve(
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_answers_are_the_references_within_their_bounds(name: str, machine: Machine) -> None:
-    """Errors within bounds; planes read equal but for ties; for the same reads no bound below."""
+def test_errors_lie_within_bounds(name: str, machine: Machine) -> None:
+    """Repairs included."""
     p = make(RECIPES[name])
     exact = p.exact()
-    for state, found in solve(p, machine):
+    for _, found in solve(p, machine):
         error, allowed = errors(p, found, exact)
         assert (error <= allowed).all(), (error / allowed).max()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_planes_read_are_the_references_and_bounds_no_smaller(name: str, machine: Machine) -> None:
+    """Of the first pass: near the tolerance, where bounds differ, only one side may repair."""
+    p = make(RECIPES[name])
+    p = replace(p, arguments=replace(p.arguments, repairs=0))
+    for state, found in solve(p, machine):
         wanted = reference.decode(p.spec, p.cache, p.query, state, p.arguments, sinks=p.sinks)
         reads, wanted_reads = found.reads.astype(np.int64), wanted.reads.astype(np.int64)
-        assert np.abs(reads - wanted_reads).sum() <= 4 + 0.02 * wanted_reads.sum()
+        # A tie of float32: the score of a row within 2^-10 of a threshold.
+        assert np.abs(reads - wanted_reads).sum() <= 4 + 0.002 * wanted_reads.sum()
         same = np.repeat((reads == wanted_reads).all(axis=(2, 3)), p.spec.group, axis=1)
-        same &= np.isfinite(wanted.bound) & (found.missed == wanted.missed)
+        same &= np.isfinite(wanted.bound)
         slack = 1 - 2.0**-10  # sums of float32
         assert (found.bound[same] >= slack * wanted.bound[same]).all()
         log_z, wanted_log_z = found.state.log_z[same], wanted.state.log_z[same]

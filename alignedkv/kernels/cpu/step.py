@@ -33,7 +33,7 @@ from alignedkv.kernels.cpu.tile import (
 from alignedkv.kernels.reference_plan import ENCODER_BUTTERFLY, ENCODER_DIGITS
 from alignedkv.kernels.sampling import SPREAD as HASH_SPREAD
 from alignedkv.planes import DITHER_FRACTION_BITS
-from alignedkv.policy import FEEDBACK_MARGIN_BITS, THETA_RANGE
+from alignedkv.policy import FEEDBACK_GAIN, FEEDBACK_MARGIN_BITS, THETA_RANGE
 
 _LEAST_THETA, _MOST_THETA = THETA_RANGE
 _DITHER_STEP = 2.0**-DITHER_FRACTION_BITS / 4096.0
@@ -254,7 +254,7 @@ def _finish(value_mean, step, facts, tops, sums, kinds, outs, b, h, sinks, attem
         tau = step.tolerance * size
         if attempt == 0:
             wanted = tau / max(bound, 1e-300) * 2.0**-FEEDBACK_MARGIN_BITS
-            following = facts[g, THETA] * min(max(wanted, 0.25), 4.0)
+            following = facts[g, THETA] * min(max(wanted**FEEDBACK_GAIN, 0.25), 4.0)
             answer[4, b, at] = min(max(following, _LEAST_THETA * tau), _MOST_THETA * tau)
             if np.isnan(bound):
                 answer[4, b, at] = np.nan

@@ -169,9 +169,9 @@ __device__ __forceinline__ void correct_dither(
 
 // The next step's theta (policy.py, feedback_theta).
 __device__ __forceinline__ float feedback(float theta, float bound, float tau) {
-  constexpr float kMargin = 0.659753955f;  // 2^-0.6
-  const float wanted = tau / fmaxf(bound, 0x1p-126f) * kMargin;
-  const float next = theta * fminf(fmaxf(wanted, 0.25f), 4.0f);
+  constexpr float kMarginBits = 1.0f, kGain = 0.25f;
+  const float bits = log2_fast(tau / fmaxf(bound, 0x1p-126f)) - kMarginBits;
+  const float next = theta * fminf(fmaxf(exp2_fast(kGain * bits), 0.25f), 4.0f);
   return fminf(fmaxf(next, 0x1p-20f * tau), 4.0f * tau);
 }
 

@@ -37,7 +37,7 @@ from alignedkv.kernels.numba_cuda.rows import device, rounder, token_range
 from alignedkv.kernels.numba_cuda.sums import combine_functions, count_sums
 from alignedkv.kernels.reference_bounds import PREFIX_EXCESS
 from alignedkv.kernels.spec import DecodeSpec
-from alignedkv.policy import FEEDBACK_MARGIN_BITS, THETA_RANGE, BoundKind
+from alignedkv.policy import FEEDBACK_GAIN, FEEDBACK_MARGIN_BITS, THETA_RANGE, BoundKind
 
 _LEAST_THETA, _MOST_THETA = THETA_RANGE
 _FEEDBACK = 2.0**-FEEDBACK_MARGIN_BITS
@@ -104,7 +104,7 @@ def finish_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any
     @device
     def following_theta(theta, bound, tau):
         """`policy.feedback_theta`."""
-        wanted = tau / max(bound, 1e-300) * _FEEDBACK
+        wanted = (tau / max(bound, 1e-300) * _FEEDBACK) ** FEEDBACK_GAIN
         return min(max(theta * min(max(wanted, 0.25), 4.0), _LEAST_THETA * tau), _MOST_THETA * tau)
 
     def finish(cache, asked, step, work, answer, attempt):
