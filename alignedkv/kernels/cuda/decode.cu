@@ -415,7 +415,7 @@ __device__ __forceinline__ void Worker::plan_values() {
 __device__ __forceinline__ void Worker::count_reads() {
   Reads& reads = block.lane_reads[warp][lane];
   const u32 keys = reads.keys + 0x01000000u + (0x00010101u >> (32 - 8 * key_planes));
-  const u32 values = reads.values + __funnelshift_rc(0x01010101u, 0, 32 - 8 * value_planes);
+  const u32 values = reads.values + (value_planes ? 0x01010101u >> (32 - 8 * value_planes) : 0);
   reads.keys = keys, reads.values = values;
   if (keys >= 0xff000000u) leave_reads();
 }
