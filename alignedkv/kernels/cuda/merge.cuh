@@ -181,13 +181,14 @@ __device__ __forceinline__ bool answer(
   const int lane = threadIdx.x % 32;
   const i64 query_head = of_head * kGroup + g;
   const Partial& whole = merge.whole;
-  const float hint = shared.constants[kHint][g], top = whole.reference[g];
+  const bool no_tokens = whole.reference[g] == kNever;
+  const float hint = shared.constants[kHint][g], top = no_tokens ? 0.0f : whole.reference[g];
   float sink = 0;
   if constexpr (kSinks) {
     sink = exp2_fast(fmaf(a.sinks[query_head % (a.cache.kv_heads * kGroup)], kLog2e, -hint - top));
   }
   const float total = whole.sums[kTotal][g] + sink;
-  const bool empty = total == 0.0f && shared.query.length >= 0 && top == kNever;
+  const bool empty = total == 0.0f && shared.query.length >= 0 && no_tokens;
   const float inverse = empty ? 0.0f : 1.0f / total;
   float classes = 0;
   for (int s = lane; s < kDitherRows; s += 32) classes += whole.classes[s][g];
@@ -238,8 +239,9 @@ __device__ __forceinline__ bool answer(
   // A denominator outside the floats says only that the hint was wrong: NaN, no hint (decode.cu).
   const bool known = total > 0 && total < __int_as_float(0x7f800000);
   const float ln2 = 0.693147181f;
-  a.state.log_z[query_head] = known || empty ? fmaf(ln2, hint + top, logf(total))
-                                             : __int_as_float(0x7fc00000);
+  a.state.log_z[query_head] = empty   ? logit
+                              : known ? fmaf(ln2, hint + top, logf(total))
+                                      : __int_as_float(0x7fc00000);
   if (!is_nan) a.state.spread[query_head] = spread;
   const float tau = a.step.tolerance * size, theta = shared.theta[g];
   if (a.pass == 0 && tau > 0 && !is_nan) a.state.theta[query_head] = feedback(theta, bound, tau);
