@@ -128,8 +128,8 @@ class OurStep:
         return self._launch(cache, None, None)
 
     def append_and_attend(self, cache: CacheArrays) -> DecodeResult:
-        """One step as a model makes it; the new token repeats the first one."""
-        return self._launch(cache, self.inputs.k[:, :, :1], self.inputs.v[:, :, :1])
+        """One step as a model makes it; the new token repeats the newest one."""
+        return self._launch(cache, self.inputs.k[:, :, -1:], self.inputs.v[:, :, -1:])
 
     def measure(self, reference: Tensor, *, replays: int = 25) -> OurResult:
         """Check one step against the float64 reference ``[B, H, D]``, then time.
