@@ -181,14 +181,15 @@ __device__ __forceinline__ bool answer(
   const int lane = threadIdx.x % 32;
   const i64 query_head = of_head * kGroup + g;
   const Partial& whole = merge.whole;
-  const bool no_tokens = whole.reference[g] == kNever;
-  const float hint = shared.constants[kHint][g], top = no_tokens ? 0.0f : whole.reference[g];
-  float sink = 0;
+  // Without tokens the output is 0, certainly, and all of log Z is the sink's.
+  const bool empty = whole.reference[g] == kNever && shared.query.length >= 0;
+  const float hint = shared.constants[kHint][g], top = empty ? 0.0f : whole.reference[g];
+  float logit = __int_as_float(0xff800000), sink = 0;
   if constexpr (kSinks) {
-    sink = exp2_fast(fmaf(a.sinks[query_head % (a.cache.kv_heads * kGroup)], kLog2e, -hint - top));
+    logit = a.sinks[query_head % (a.cache.kv_heads * kGroup)];
+    sink = empty ? 0.0f : exp2_fast(fmaf(logit, kLog2e, -hint - top));
   }
   const float total = whole.sums[kTotal][g] + sink;
-  const bool empty = total == 0.0f && shared.query.length >= 0 && no_tokens;
   const float inverse = empty ? 0.0f : 1.0f / total;
   float classes = 0;
   for (int s = lane; s < kDitherRows; s += 32) classes += whole.classes[s][g];
