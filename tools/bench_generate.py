@@ -26,8 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 
 LLAMA_3_8B = {
     "vocab_size": 128256,
@@ -48,6 +50,10 @@ ATTENTION_KERNELS = {
     "alignedkv": ("decode", "prepare"),
     "stock": ("flash", "fmha", "sdpa", "attention", "cudnn"),
 }
+
+
+#: torch SDPA without a mask, as the stock attention of the model.
+NO_MASK = "sdpa_without_mask"
 
 
 class FullLayer(DynamicLayer):
@@ -181,6 +187,11 @@ def kernel_times(graph: torch.cuda.CUDAGraph, names: Sequence[str]) -> dict[str,
 
 def stock_step(model: Any, ids: torch.Tensor) -> torch.cuda.CUDAGraph:
     """A stock decode step behind the prompt."""
+    # Under a graph capture transformers always makes a mask, and with one SDPA repeats K and V for
+    # every query head: without it stock takes the flash kernel on the grouped heads.
+    AttentionInterface.register(NO_MASK, sdpa_attention_forward)
+    AttentionMaskInterface.register(NO_MASK, lambda *_args, **_kwargs: None)
+    model.set_attn_implementation(NO_MASK)
     cache = DynamicCache(config=model.config)
     cache.layers = [FullLayer() for _ in range(model.config.num_hidden_layers)]
     prefill(model, ids, cache)
@@ -242,6 +253,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             options.replays,
         )
         _free()
+        model.set_attn_implementation("sdpa")
         for tolerance in options.tolerances:
             policy = PrecisionPolicy(tolerance=tolerance)
             with runtime.patched(model, policy, break_even=0):

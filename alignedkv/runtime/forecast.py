@@ -29,9 +29,10 @@ READ_SHARE = (0.195, 0.216, 0.242, 0.269, 0.301, 0.337)
 STATISTICAL_BITS = 1.0
 #: Absolute error bounds gain little from small weights (theory.md 7).
 DETERMINISTIC_SHARE = 0.68
-#: A decode step's fixed cost over that of the best 16-bit kernel, in time of memory traffic
-#: (kernel.md 1: both take 13 us for the 16.8 MB of 4,096 tokens on an H100 of 3.06 TB/s).
-EXTRA_SECONDS = 5.5e-6
+#: Time of memory traffic of the 16-bit cache at which a decode step at 2^-7 is as fast as the best
+#: 16-bit kernel: 23,000 tokens of 4 KiB on an H100 (25.6 against 17.9 us at 8,192 tokens, 46.2
+#: against 51.3 at 32,768; benchmarks/results/decode-nvidia-h100-80gb-hbm3.json).
+EXTRA_SECONDS = 28e-6
 #: Bandwidth where the driver does not tell it: of an H100.
 DEFAULT_BANDWIDTH = 3.06e12
 

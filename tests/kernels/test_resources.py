@@ -64,13 +64,20 @@ def every_spec() -> Iterator[DecodeSpec]:
             yield DecodeSpec(head_dim=128, group=4, bound=bound, dither_rows=rows, **options)
 
 
+#: Outputs of more than eight heads do not fit a warp's 255 registers a thread: such groups, which
+#: few models have, may spill so many bytes a thread in decode.cu.
+LARGE_GROUP, LARGE_GROUP_SPILL = 8, 1536
+
+
 def check(spec: DecodeSpec, target: DeviceTarget, file: str) -> None:
+    allowed = LARGE_GROUP_SPILL if file == "decode.cu" and spec.group > LARGE_GROUP else 0
     config = default_config(spec, target)
     resources = build(spec, config, file, target.arch).resources
     assert resources, f"{file} has no kernel"
     for kernel, taken in resources.items():
         assert taken.registers > 0
-        assert taken.spill_store_bytes == taken.spill_load_bytes == 0, (kernel, taken, spec)
+        spilt = max(taken.spill_store_bytes, taken.spill_load_bytes)
+        assert spilt <= allowed, (kernel, taken, spec)
 
 
 @pytest.mark.parametrize("file", FILES)
