@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
 __all__ = ["draw_decode"]
 
 _OURS = "#c2410c"
-_PEERS = ("#1d4ed8", "#0f766e", "#7c3aed", "#4d7c0f", "#64748b", "#0369a1", "#a16207", "#9f1239")
+_PEERS = (
+    "#1d4ed8",
+    "#0f766e",
+    "#7c3aed",
+    "#4d7c0f",
+    "#64748b",
+    "#0369a1",
+    "#a16207",
+    "#9f1239",
+    "#334155",
+)
 
 
 def draw_decode(content: dict[str, Any], out: Path) -> None:
@@ -39,7 +51,7 @@ def draw_decode(content: dict[str, Any], out: Path) -> None:
         ):
             line = sorted((r for r in mine if r["tolerance"] == tolerance), key=lambda r: r["T"])
             tokens = [r["T"] for r in line]
-            label = f"alignedkv, tolerance {tolerance:.4f}"
+            label = f"alignedkv, tolerance 2^{math.log2(tolerance):.0f}"
             panel.plot(
                 tokens, [r["ours_us"] for r in line], style, color=_OURS, lw=2.2, label=label
             )
@@ -65,6 +77,6 @@ def draw_decode(content: dict[str, Any], out: Path) -> None:
 
 def _draw_peers(panel: Any, rows: list[dict[str, Any]]) -> None:
     names = sorted({name for row in rows for name in row["peers_us"]})
-    for color, name in zip(_PEERS, names, strict=False):
+    for color, name in zip(itertools.cycle(_PEERS), names, strict=False):
         points = sorted({(r["T"], r["peers_us"][name]) for r in rows if name in r["peers_us"]})
         panel.plot(*zip(*points, strict=True), color=color, lw=1, marker=".", label=name)
