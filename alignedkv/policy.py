@@ -17,11 +17,24 @@ from alignedkv.planes import DEFAULT_LAYOUT, PlaneLayout
 
 #: theta / tau at 4096 tokens from which feedback starts (theory.md 6, "Suggested default").
 START_THETA = 2.0**-7.5
-#: Bits below the tolerance at which feedback aims, and its gain.  log Z of neighbouring tokens
-#: differs by 1.7 bits (standard deviation, SmolLM2): feedback must average over that, not follow
-#: it, or every other step misses and is repaired.
-FEEDBACK_MARGIN_BITS = 1.0
+#: Share of the way to its aim that feedback moves theta in a step, in bits: it must average over
+#: the scatter of neighbouring tokens, not follow it.
 FEEDBACK_GAIN = 0.25
+#: Bits below the tolerance at which feedback aims, per head: at the start; what a missed bound adds
+#: and a kept one takes; the least and the most.  So about one step in 25 misses, however much a
+#: head's tokens differ, and a head whose hints are steady wastes little.
+START_MARGIN = 1.0
+MARGIN_RISE, MARGIN_FALL = 0.25, 0.01
+MARGIN_RANGE = (0.15, 3.0)
+#: Near rows: the first and the last of the attended tokens, whose scores a step looks at before it
+#: plans.  They hold most of what changes from one query to the next.
+NEAR_FIRST, NEAR_LAST = 4, 128
+#: What a unit of (lambda ||q'|| g)^2 adds to log Z: half the variance of a score whose key has
+#: entries of root mean square 7.5 g / sqrt 8, as a rotated row of 64 to 256 channels has.
+NEAR_SPREAD = 7.5**2 / 16.0
+#: Share of the way that the remembered weight of all other rows moves in a step; and the share of
+#: the near rows' weight below which theirs is rounding.
+REST_GAIN, LEAST_REST = 0.25, 2.0**-10
 #: theta stays within these multiples of tau whatever feedback says.
 THETA_RANGE = (2.0**-20, 4.0)
 
@@ -60,9 +73,10 @@ class PrecisionPolicy:
     plan_margin : float
         Standard deviations of the score that the plan adds to a weight it has only estimated.
         Costs or saves bytes; bounds are computed from what was read.
-    sample_values : bool
+    sample_values : bool or None
         Value rows below theta_s are read with probability their size over theta_s and weighted by
-        its inverse (sampling.md, Theorem S1) instead of being skipped.
+        its inverse (sampling.md, Theorem S1) instead of being skipped: fewer bytes for the same
+        bound, and draws that are the same for the same seed.  None: with an estimate only.
     exact_first, exact_last : int
         Rows at either end that are also kept in the input type and used exactly (attention sinks,
         recent tokens).
@@ -76,13 +90,15 @@ class PrecisionPolicy:
     stored_planes: int | None = None
     dither_rows: int = 64
     skip_share: float = 0.2
-    plan_margin: float = 2.0
-    sample_values: bool = False
+    plan_margin: float = 0.5
+    sample_values: bool | None = None
     exact_first: int = 0
     exact_last: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bound", _bound_kind(self.bound))
+        if self.sample_values is None:
+            object.__setattr__(self, "sample_values", self.bound is BoundKind.ESTIMATE)
         for name in ("key_layout", "value_layout"):
             if isinstance(layout := getattr(self, name), str):
                 object.__setattr__(self, name, PlaneLayout.parse(layout))
@@ -147,22 +163,36 @@ def model_policy(**changes: object) -> PrecisionPolicy:
 
 
 def feedback_theta(
-    theta: NDArray[np.float64], bound: NDArray[np.float64], tau: NDArray[np.float64]
+    theta: NDArray[np.float64],
+    bound: NDArray[np.float64],
+    tau: NDArray[np.float64],
+    margin: NDArray[np.float64],
 ) -> NDArray[np.float64]:
     """The next step's theta from this step's bound.
 
-    In bits, `FEEDBACK_GAIN` of the way to `FEEDBACK_MARGIN_BITS` below the tolerance; at most a
-    factor of 4 a step, and never outside `THETA_RANGE`.
+    In bits, `FEEDBACK_GAIN` of the way to ``margin`` below the tolerance; at most a factor of 4 a
+    step, and never outside `THETA_RANGE`.
 
     Parameters
     ----------
     theta, bound, tau : float array
         Absolute thresholds, bounds and allowed errors of the heads, any one shape.
+    margin : float array
+        Bits, from `feedback_margin`.
     """
-    wanted = tau / np.maximum(bound, np.finfo(np.float64).tiny) * 2.0**-FEEDBACK_MARGIN_BITS
+    wanted = tau / np.maximum(bound, np.finfo(np.float64).tiny) * np.exp2(-margin)
     factor = np.clip(wanted**FEEDBACK_GAIN, 0.25, 4.0)
     lowest, highest = (ratio * tau for ratio in THETA_RANGE)
     following: NDArray[np.float64] = np.clip(theta * factor, lowest, highest)
+    return following
+
+
+def feedback_margin(margin: NDArray[np.float64], missed: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The margin after a step: wider where its bound missed, a little narrower where it held."""
+    known = np.where(np.isnan(margin), START_MARGIN, margin)
+    following: NDArray[np.float64] = np.clip(
+        known + np.where(missed, MARGIN_RISE, -MARGIN_FALL), *MARGIN_RANGE
+    )
     return following
 
 

@@ -1,4 +1,4 @@
-"""A decode step to be solved: stored inputs, a cache that holds them, and the exact answer."""
+"""A decode step to be solved: stored inputs, a cache that holds them, hints, the exact answer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 
 import oracles
 from alignedkv.kernels import reference
-from alignedkv.kernels.arrays import CacheArrays, StepArguments
+from alignedkv.kernels.arrays import CacheArrays, HeadState, StepArguments
+from alignedkv.kernels.reference_hints import Near, look_near, next_rest
+from alignedkv.kernels.reference_plan import attended_tokens, key_transform, read_rows
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import allocate_numpy, from_float64, to_float32
-from alignedkv.policy import PrecisionPolicy
+from alignedkv.policy import START_MARGIN, PrecisionPolicy
 from strategies import Activations, Shape, activations
 
 
@@ -59,6 +61,39 @@ class Problem:
                 )
                 output[b, mine], log_z[b, mine] = found.output, found.log_z
         return oracles.Exact(output=output, log_z=log_z)
+
+
+def near_of(problem: Problem) -> Near:
+    """What the near rows and the query say of log Z, for all heads: [B, H]."""
+    p = problem
+    query = to_float32(p.query, p.spec.query_dtype).astype(np.float64)
+    found = np.zeros((2, *query.shape[:2]))
+    for b, h in np.ndindex(*p.cache.key_mean.shape[:2]):
+        mine = slice(h * p.spec.group, (h + 1) * p.spec.group)
+        rows = read_rows(p.spec, p.cache, b, h, attended_tokens(p.cache, p.arguments, b))
+        transform = key_transform(p.cache, b, h)
+        near = look_near(p.spec, p.arguments, transform, rows, query[b, mine])
+        found[:, b, mine] = near.log_sum, near.offset
+    return Near(log_sum=found[0], offset=found[1])
+
+
+def hinted(problem: Problem, *, theta: Any, log_z: Any = 0.0, spread: Any = 1.0) -> HeadState:
+    """Hints with which a step plans for these, whatever its bound: numbers, or arrays [B, H].
+
+    A log Z below that of the near rows alone cannot be had where they are looked at.
+    """
+    shape = problem.query.shape[:2]
+    log_z, spread, theta = (np.broadcast_to(np.float64(x), shape) for x in (log_z, spread, theta))
+    with np.errstate(all="ignore"):
+        rest = next_rest(np.full(shape, -np.inf), near_of(problem), log_z)
+    return HeadState(
+        log_z=log_z.astype(np.float32),
+        rest=rest.astype(np.float32),
+        spread=spread.astype(np.float32),
+        theta=theta.astype(np.float32),
+        margin=np.full(shape, START_MARGIN, np.float32),
+        step=np.zeros(1, np.uint32),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +180,7 @@ TIGHT = {"tolerance": 2.0**-9}
 #: Every value of the specification at least once, and those that meet in a model together.
 RECIPES: dict[str, Recipe] = {
     "estimate": recipe(policy=ESTIMATE),
+    "estimate-skipping": recipe(policy={**ESTIMATE, "sample_values": False}),
     "deterministic": recipe(policy=DETERMINISTIC),
     "statistical": recipe(policy=STATISTICAL),
     "estimate-sampled": recipe(
@@ -177,6 +213,7 @@ RECIPES: dict[str, Recipe] = {
     "ragged": recipe(starts=(0, 60), lengths=(99, 133), policy=DETERMINISTIC),
     "empty": recipe(starts=(0, 133), policy=STATISTICAL),
     "softcap": recipe(spec={"softcap": True}, arguments={"softcap": 5.0}, policy=DETERMINISTIC),
+    "softcap-estimate": recipe(spec={"softcap": True}, arguments={"softcap": 5.0}),
     "sinks": recipe(spec={"sinks": True}),
     "sinks-settled": recipe(spec={"sinks": True}, policy=STATISTICAL),
     "sinks-certain": recipe(spec={"sinks": True}, policy=DETERMINISTIC),

@@ -11,10 +11,14 @@ from alignedkv.errors import SpecError
 from alignedkv.planes import PlaneLayout
 from alignedkv.policy import (
     FEEDBACK_GAIN,
-    FEEDBACK_MARGIN_BITS,
+    MARGIN_FALL,
+    MARGIN_RANGE,
+    MARGIN_RISE,
+    START_MARGIN,
     THETA_RANGE,
     BoundKind,
     PrecisionPolicy,
+    feedback_margin,
     feedback_theta,
     model_policy,
     output_policy,
@@ -50,6 +54,13 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
 def test_sampling_has_no_deterministic_bound() -> None:
     with pytest.raises(SpecError, match="sample_values"):
         PrecisionPolicy(bound="deterministic", sample_values=True)
+
+
+@pytest.mark.parametrize("bound", list(BoundKind))
+def test_values_are_sampled_with_an_estimate_unless_said(bound: BoundKind) -> None:
+    assert PrecisionPolicy(bound=bound).sample_values is (bound is BoundKind.ESTIMATE)
+    assert PrecisionPolicy(bound=bound, sample_values=False).sample_values is False
+    assert PrecisionPolicy(bound="statistical", sample_values=True).sample_values is True
 
 
 def test_names_become_values() -> None:
@@ -107,24 +118,49 @@ def test_planes_of_infinite_and_absent_excess() -> None:
     assert planes_for(np.array([np.inf, -np.inf, np.nan]), layout, 4).tolist() == [4, 1, 1]
 
 
-@given(st.floats(1e-6, 1e6), st.floats(1e-9, 1e9), st.floats(1e-6, 1e3))
-def test_feedback_moves_towards_the_tolerance_and_stays_in_range(
-    theta: float, bound: float, tau: float
+@given(st.floats(1e-6, 1e6), st.floats(1e-9, 1e9), st.floats(1e-6, 1e3), st.floats(*MARGIN_RANGE))
+def test_feedback_moves_towards_its_margin_and_stays_in_range(
+    theta: float, bound: float, tau: float, margin: float
 ) -> None:
-    following = float(feedback_theta(np.array(theta), np.array(bound), np.array(tau)))
+    following = float(feedback_theta(*map(np.array, (theta, bound, tau, margin))))
     lowest, highest = (ratio * tau for ratio in THETA_RANGE)
     assert lowest <= following <= highest
     if lowest < following < highest:
         assert 0.25 * (1 - 1e-12) <= following / theta <= 4 * (1 + 1e-12)
         if bound > tau:
             assert following < theta
-        if bound < tau * 2.0 ** -(FEEDBACK_MARGIN_BITS + 0.1):
+        if bound < tau * 2.0 ** -(margin + 0.1):
             assert following > theta
 
 
 def test_feedback_of_a_bound_that_was_met_exactly_keeps_its_margin() -> None:
-    found = feedback_theta(np.array(0.01), np.array(1.0), np.array(1.0))
-    assert found == pytest.approx(0.01 * 2.0 ** -(FEEDBACK_MARGIN_BITS * FEEDBACK_GAIN))
+    found = feedback_theta(*map(np.array, (0.01, 1.0, 1.0, 1.5)))
+    assert found == pytest.approx(0.01 * 2.0 ** -(1.5 * FEEDBACK_GAIN))
+
+
+def test_a_miss_widens_the_margin_at_once_and_hits_narrow_it_slowly() -> None:
+    margin, missed = np.array([1.0, 1.0, np.nan, 2.9, 0.155]), np.array([1, 0, 0, 1, 0], bool)
+    found = feedback_margin(margin, missed)
+    np.testing.assert_allclose(found, [1.25, 0.99, 0.99, 3.0, 0.15], rtol=1e-12)
+    assert (MARGIN_RISE, MARGIN_FALL, START_MARGIN) == (0.25, 0.01, 1.0)
+
+
+@given(st.floats(0.02, 0.5), st.integers(0, 9))
+def test_the_margin_settles_where_one_step_in_26_misses(scatter: float, seed: int) -> None:
+    """A bound that scatters by so many bits around its aim; the margin learns how many."""
+    bits = scatter * np.random.default_rng(seed).standard_normal(6000)
+    margin, missed = np.array(START_MARGIN), []
+    for deviation in bits:
+        missed.append(deviation > margin)
+        margin = feedback_margin(margin, np.array(missed[-1]))
+    lowest, highest = MARGIN_RANGE
+    share = np.mean(missed[1000:])
+    settled = MARGIN_FALL / (MARGIN_FALL + MARGIN_RISE)
+    # Rises and falls cancel over any stretch but for where it ends, unless the margin is cut off.
+    most = settled + (highest - lowest) / (MARGIN_FALL + MARGIN_RISE) / 5000
+    assert share <= most
+    if scatter > 0.15:  # 4 % of the steps lie 1.75 deviations above their aim
+        assert share > 0.8 * settled
 
 
 @pytest.mark.parametrize("bound", list(BoundKind))

@@ -7,12 +7,22 @@ capacity, D channels, C = D padded to a multiple of 32, N stored planes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
-from alignedkv.policy import PrecisionPolicy
+from alignedkv.policy import START_MARGIN, PrecisionPolicy
 
 Array = Any
+
+#: Hints of a head of which nothing is known: with them a step reads first planes alone.
+START_HINTS = {
+    "log_z": 0.0,
+    "rest": -math.inf,
+    "spread": 0.0,
+    "theta": math.inf,
+    "margin": START_MARGIN,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,19 +75,31 @@ class HeadState:
     Attributes
     ----------
     log_z : float32 array [B, H]
-        Natural log-sum-exp of the scores (sink included).
+        Natural log-sum-exp of the scores (sink included) of the step before.
+    rest : float32 array [B, H]
+        What all but the near rows add to it, as a natural logarithm less what the query alone
+        explains (`reference_hints`), averaged over steps; -inf if nothing is known.  A statistical
+        bound plans with ``log_z`` instead, and leaves ``rest`` as it is.
     spread : float32 array [B, H]
         rho = max_j |o_j - value_mean_j|.
     theta : float32 array [B, H]
         Absolute threshold of an addend's error.
+    margin : float32 array [B, H]
+        Bits below the tolerance at which feedback aims; NaN counts as `START_MARGIN`.
     step : uint32 array [1]
         Counts steps; the counter of the sampling hash.
     """
 
     log_z: Array
+    rest: Array
     spread: Array
     theta: Array
+    margin: Array
     step: Array
+
+
+#: The fields of `HeadState` that hold a number for each query head.
+HEAD_HINTS: Final = tuple(name for name in HeadState.__slots__ if name != "step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

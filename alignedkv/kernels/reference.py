@@ -4,9 +4,9 @@ Every other implementation answers to these functions: rows are encoded to the s
 planes are read but for ties, outputs lie within their own bounds, and no bound is below the one
 here for the same reads.
 
-One step, for the G heads of one KV head of one sequence: scores after every plane count
-(`reference_plan`), the plan, sums over the tokens of each split (`reference_sums`), merged sums and
-the bound (`reference_bounds`).
+One step, for the G heads of one KV head of one sequence: what is expected of log Z
+(`reference_hints`), scores after every plane count (`reference_plan`), the plan, sums over the
+tokens of each split (`reference_sums`), merged sums and the bound (`reference_bounds`).
 """
 
 from __future__ import annotations
@@ -18,12 +18,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignedkv.errors import ActivationError
-from alignedkv.kernels.arrays import Array, CacheArrays, DecodeResult, HeadState, StepArguments
+from alignedkv.kernels.arrays import (
+    HEAD_HINTS,
+    Array,
+    CacheArrays,
+    DecodeResult,
+    HeadState,
+    StepArguments,
+)
 from alignedkv.kernels.reference_bounds import bound, merge, normalise
+from alignedkv.kernels.reference_hints import (
+    expected_log_z,
+    feed_back,
+    look_near,
+    next_rest,
+    read_hints,
+)
 from alignedkv.kernels.reference_plan import (
     Float,
     HeadHints,
     HeadRows,
+    attended_tokens,
     key_transform,
     plan_rows,
     read_rows,
@@ -43,7 +58,7 @@ from alignedkv.kernels.storage import (
     write_exact_rows,
 )
 from alignedkv.planes import DigitPlanes, dither_class, encode_rows
-from alignedkv.policy import BoundKind, feedback_theta
+from alignedkv.policy import START_MARGIN, BoundKind
 from alignedkv.transform import fit_key_transform, hadamard
 
 
@@ -170,8 +185,8 @@ def decode(
     -----
     Under a statistical bound the hints must not depend on this step's dither (theory.md 5.3): they
     are the previous step's, and remain so in repairs.  That they depend on it through earlier
-    outputs is gap (A) of theory.md 1.  With other bounds a repair starts from what the pass before
-    it found.
+    outputs is gap (A) of theory.md 1.  With other bounds log Z is expected from the scores of the
+    near rows, and a repair starts from what the pass before it found.
     """
     check_query(spec, cache, query, state, sinks)
     queries = to_float32(query, spec.query_dtype).astype(np.float64)
@@ -181,25 +196,27 @@ def decode(
     bounds, sizes = np.zeros((batch, heads)), np.zeros((batch, heads))
     missed = np.zeros((batch, heads), np.uint8)
     reads = np.zeros((batch, kv_heads, 2, spec.stored_planes), np.uint32)
-    following = np.zeros((3, batch, heads))
+    following = {name: np.zeros((batch, heads), np.float32) for name in HEAD_HINTS}
     step = int(state.step[0])
 
     for b in range(batch):
         for h in range(kv_heads):
             mine = slice(h * group, (h + 1) * group)
-            hints = _hints(state, b, mine, stream_key(arguments.seed, step, b * kv_heads + h))
+            key = stream_key(arguments.seed, step, b * kv_heads + h)
+            hints = read_hints(state, b, mine, key)
             logits = None if sinks is None else np.asarray(sinks, np.float64)[mine]
             with np.errstate(all="ignore"):
-                answer, theta, gone = _decode_head(
+                answer, hints, gone = _decode_head(
                     spec, cache, arguments, (b, h), queries[b, mine], hints, logits, splits
                 )
             output[b, mine] = answer.output
             bounds[b, mine], sizes[b, mine] = answer.bound, answer.size
             missed[b, mine] = gone
             reads[b, h] = answer.reads
-            following[:, b, mine] = answer.log_z, answer.spread, theta
+            with np.errstate(over="ignore"):
+                for name, hint in following.items():
+                    hint[b, mine] = getattr(hints, name)
     with np.errstate(over="ignore"):
-        log_z, spread, theta = following.astype(np.float32)
         bounds, sizes = bounds.astype(np.float32), sizes.astype(np.float32)
     return DecodeResult(
         output=from_float64(output, spec.query_dtype),
@@ -207,7 +224,7 @@ def decode(
         size=sizes,
         missed=missed,
         reads=reads,
-        state=HeadState(log_z=log_z, spread=spread, theta=theta, step=state.step + np.uint32(1)),
+        state=HeadState(**following, step=state.step + np.uint32(1)),
     )
 
 
@@ -236,8 +253,10 @@ def unknown_state(batch: int, heads: int) -> HeadState:
     """Hints with which a step reads first planes alone: theta is infinite."""
     return HeadState(
         log_z=np.zeros((batch, heads), np.float32),
+        rest=np.full((batch, heads), -np.inf, np.float32),
         spread=np.zeros((batch, heads), np.float32),
         theta=np.full((batch, heads), np.inf, np.float32),
+        margin=np.full((batch, heads), START_MARGIN, np.float32),
         step=np.zeros(1, np.uint32),
     )
 
@@ -248,10 +267,14 @@ def coarse(arguments: StepArguments) -> StepArguments:
 
 
 def started(probed: DecodeResult, theta_share: float) -> HeadState:
-    """The state after a probe: theta is ``theta_share`` of the output's size."""
+    """The state after a probe: theta is ``theta_share`` of the output's size.
+
+    The probe's miss says nothing of the margin, which starts anew.
+    """
     return replace(
         probed.state,
         theta=(theta_share * probed.size).astype(np.float32),
+        margin=np.full_like(probed.state.margin, START_MARGIN),
         step=np.zeros(1, np.uint32),
     )
 
@@ -311,20 +334,6 @@ def _encode(
     return encoded
 
 
-def _hints(state: HeadState, b: int, mine: slice, key: np.uint64) -> HeadHints:
-    """A sequence's hints; what is not a number says nothing, and then everything is read."""
-    log_z, spread, theta = (
-        np.asarray(getattr(state, name)[b, mine], np.float64)
-        for name in ("log_z", "spread", "theta")
-    )
-    return HeadHints(
-        log_z=np.where(np.isnan(log_z), -np.inf, log_z),
-        spread=np.where(np.isfinite(spread), spread, 0.0),
-        theta=np.where(np.isnan(theta), 0.0, theta),
-        key=key,
-    )
-
-
 def _decode_head(
     spec: DecodeSpec,
     cache: CacheArrays,
@@ -334,34 +343,39 @@ def _decode_head(
     hints: HeadHints,
     sinks: Float | None,
     splits: int,
-) -> tuple[HeadAnswer, Float, NDArray[np.bool_]]:
-    """All passes over one KV head: answer, next theta, missed [G]."""
-    length = int(cache.lengths[place[0]])
-    start = int(cache.starts[place[0]])
-    if arguments.window:
-        start = max(start, length - arguments.window)
-    rows = read_rows(spec, cache, *place, np.arange(start, max(start, length), dtype=np.int64))
+) -> tuple[HeadAnswer, HeadHints, NDArray[np.bool_]]:
+    """All passes over one KV head: answer, hints for the next step, missed [G]."""
+    rows = read_rows(spec, cache, *place, attended_tokens(cache, arguments, place[0]))
 
     def run(hints: HeadHints) -> HeadAnswer:
         return _pass(spec, cache, arguments, place, rows, query, hints, sinks, splits)
 
+    told, settled = hints, spec.bound is BoundKind.STATISTICAL
+    near = look_near(spec, arguments, key_transform(cache, *place), rows, query)
+    if not settled:
+        hints = replace(hints, log_z=expected_log_z(near, hints.rest))
     answer = run(hints)
-    if length <= start:
-        return answer, hints.theta, np.zeros(len(query), np.bool_)
-    tau = arguments.tolerance * answer.size
-    theta = feedback_theta(hints.theta, answer.bound, tau)
+    if not len(rows.tokens):
+        nothing = replace(told, log_z=answer.log_z, spread=answer.spread)
+        return answer, nothing, np.zeros(len(query), np.bool_)
+    missed = _misses(answer, arguments.tolerance)
+    theta, margin = feed_back(told, answer.bound, arguments.tolerance * answer.size, missed)
+    rest = told.rest if settled else next_rest(told.rest, near, answer.log_z)
     for left in range(arguments.repairs, 0, -1):
-        missed = _misses(answer, arguments.tolerance)
         if not missed.any():
             break
         finer = hints.theta * np.fmin(0.5, arguments.tolerance * answer.size / answer.bound / 2.0)
         finer = np.where(left == 1, 0.0, np.nan_to_num(finer))
         hints = replace(hints, theta=np.where(missed, finer, hints.theta))
-        if spec.bound is not BoundKind.STATISTICAL:
+        if not settled:
             hints = replace(hints, log_z=answer.log_z, spread=answer.spread)
         again = run(hints)
         answer = replace(again, reads=answer.reads + again.reads)
-    return answer, theta, _misses(answer, arguments.tolerance)
+        missed = _misses(answer, arguments.tolerance)
+    following = replace(
+        told, log_z=answer.log_z, rest=rest, spread=answer.spread, theta=theta, margin=margin
+    )
+    return answer, following, missed
 
 
 def _pass(

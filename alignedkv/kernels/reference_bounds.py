@@ -128,10 +128,12 @@ def bound(
 
 
 def estimate(sums: Sums, *, z: float, hint: Float, spread: Float, sampled: bool) -> Float:
-    """Estimate 9, (5.7), without mean correction.
+    """Estimate 9, (5.7).
 
     Notes
     -----
+    The second-order sum holds the bias that the mean correction leaves
+    (`reference_sums.mean_correction`).
     R = a + rho was formed with the hint: where the spread came out larger, every R is at most
     spread / hint times too small, and the terms that hold it are multiplied by that.
     With sampled rows (sampling.md 1, Corollary) beta replaces z sqrt(G) and the skipped sum.

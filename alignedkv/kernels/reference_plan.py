@@ -90,14 +90,17 @@ class HeadHints:
 
     Attributes
     ----------
-    log_z, spread, theta : float64 arrays [G]
+    log_z, rest, spread, theta, margin : float64 arrays [G]
+        As in `HeadState`; log_z is what the pass plans with.
     key : uint64
         Stream of the sampling hash.
     """
 
     log_z: Float
+    rest: Float
     spread: Float
     theta: Float
+    margin: Float
     key: np.uint64
 
 
@@ -183,6 +186,16 @@ def read_rows(
     )
 
 
+def attended_tokens(
+    cache: CacheArrays, arguments: StepArguments, sequence: int
+) -> NDArray[np.int64]:
+    """Tokens that a sequence attends to: behind its padding, in its window."""
+    start, length = int(cache.starts[sequence]), int(cache.lengths[sequence])
+    if arguments.window:
+        start = max(start, length - arguments.window)
+    return np.arange(start, max(start, length), dtype=np.int64)
+
+
 def write_rows(
     spec: DecodeSpec,
     cache: CacheArrays,
@@ -232,8 +245,7 @@ def score_rows(
     for n in range(1, spec.stored_planes + 1):
         score = arguments.scaling * turned @ rows.keys.prefix(n).T + base
         score[:, rows.is_exact] = exact
-        if spec.softcap:
-            score = arguments.softcap * np.tanh(score / arguments.softcap)
+        score = capped(spec, arguments, score)
         half = rows.keys.half_step(n) * live
         value.append(score)
         deviation.append(norm2 * half / np.sqrt(3.0))
@@ -250,6 +262,14 @@ def score_rows(
     )
 
 
+def capped(spec: DecodeSpec, arguments: StepArguments, score: Float) -> Float:
+    """Scores under the softcap, if there is one."""
+    if not spec.softcap:
+        return score
+    under: Float = arguments.softcap * np.tanh(score / arguments.softcap)
+    return under
+
+
 def plan_rows(
     spec: DecodeSpec,
     arguments: StepArguments,
@@ -262,6 +282,7 @@ def plan_rows(
     Notes
     -----
     All comparisons are made between logarithms to base 2, so that nothing over- or underflows.
+    Scores are those before the mean correction, which only weights have (`mean_correction`).
     """
     settled = spec.bound is BoundKind.STATISTICAL
     margin = arguments.deviations if settled else arguments.plan_margin

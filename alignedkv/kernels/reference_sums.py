@@ -32,14 +32,16 @@ def add_up(
 
     Notes
     -----
-    Rows kept exact have no error terms.  A value row that is left to chance counts as read with
-    one plane, whichever way the draw went: the two errors of (S1), of the draw and of the plane,
-    are bounded apart (sampling.md 1, Corollary).
+    Every weight is exp(score - `mean_correction`).  Rows kept exact have no error terms.  A value
+    row that is left to chance counts as read with one plane, whichever way the draw went: the two
+    errors of (S1), of the draw and of the plane, are bounded apart (sampling.md 1, Corollary).
     """
     at = plan.used[None] - 1
     score = np.take_along_axis(scores.value, at, axis=0)[0]
     sigma = np.take_along_axis(scores.deviation, at, axis=0)[0]
     worst = np.take_along_axis(scores.worst, at, axis=0)[0]
+    correction, bias = mean_correction(spec, sigma)
+    score = score - correction
     top = score.max(axis=1, initial=-np.inf)
     weight = np.exp(score - np.where(np.isneginf(top), 0.0, top)[:, None])
 
@@ -69,7 +71,7 @@ def add_up(
         reach = size + hints.spread[:, None]
         square["key"] = (weight**2 * np.expm1(sigma**2) * reach**2).sum(axis=1)
         square["value"] = (weight**2) @ (half * ~skipped) ** 2 / 3.0
-        linear["second"] = (weight * sigma**2 * reach).sum(axis=1)
+        linear["second"] = (weight * bias * reach).sum(axis=1)
     else:
         error = worst + scores.shift
         grown = weight * np.expm1(error)
@@ -85,6 +87,21 @@ def add_up(
         extreme["size"] = np.full(len(top), size.max(initial=0.0))
         extreme["shift"] = scores.shift.max(axis=1, initial=0.0)
     return Sums(top=top, linear=linear, square=square, largest=largest, extreme=extreme)
+
+
+def mean_correction(spec: DecodeSpec, sigma: Float) -> tuple[Float, Float]:
+    """kappa of theory.md 5.1, and the relative bias that a weight may have with it [G, T].
+
+    Notes
+    -----
+    Under an estimate kappa = sigma^2 / 2: exp(error) is that much larger than 1 on average, but for
+    sigma^4 / 20 of itself.  Without it the bias is sigma^2 (theory.md 5.4), as under a softcap,
+    behind which errors have neither that mean nor that deviation.  The theorems of the other bounds
+    are used with kappa = 0.
+    """
+    if spec.bound is BoundKind.ESTIMATE and not spec.softcap:
+        return sigma**2 / 2.0, sigma**4 / 20.0
+    return np.zeros_like(sigma), sigma**2
 
 
 def _values(spec: DecodeSpec, rows: HeadRows, plan: Plan) -> Float:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from alignedkv.errors import LaunchError, SpecError
 from alignedkv.formats import BF16, bf16_to_float32, float32_to_bf16_bits, round_to
-from alignedkv.kernels.arrays import Array, CacheArrays, HeadState
+from alignedkv.kernels.arrays import HEAD_HINTS, Array, CacheArrays, HeadState
 from alignedkv.kernels.spec import MAX_TOKENS, DecodeSpec
 from alignedkv.planes import dither_table, random_streams, row_bytes
 from alignedkv.transform import random_signs
@@ -250,7 +250,7 @@ def check_query(
             f"query has shape {tuple(query.shape)}: this cache takes ({batch}, {heads}, {head_dim})"
         )
     check_dtype("query", query, spec.query_dtype)
-    for name in ("log_z", "spread", "theta"):
+    for name in HEAD_HINTS:
         shape = tuple(getattr(state, name).shape)
         if shape != (batch, heads):
             raise LaunchError(f"state.{name} has shape {shape}: give ({batch}, {heads})")

@@ -12,10 +12,10 @@ import pytest
 import oracles
 from alignedkv.errors import ActivationError, LaunchError
 from alignedkv.formats import BF16, FP16, FP32
-from alignedkv.kernels.arrays import DecodeResult, HeadState
+from alignedkv.kernels.arrays import HEAD_HINTS, DecodeResult, HeadState
 from alignedkv.kernels.storage import allocate_numpy, from_float64, to_float32
 from alignedkv.planes import unpack_plane
-from problems import RECIPES, Problem, make, recipe
+from problems import RECIPES, Problem, hinted, make, recipe
 from strategies import ADVERSARIAL
 
 UNIT = {"float16": FP16, "bfloat16": BF16, "float32": FP32}
@@ -66,7 +66,7 @@ def _check_answer(problem: Problem, found: DecodeResult) -> None:
     for name, dtype in (("bound", "f4"), ("size", "f4"), ("missed", "u1")):
         assert getattr(found, name).shape == (batch, heads)
         assert getattr(found, name).dtype == dtype
-    for name in ("log_z", "spread", "theta"):
+    for name in HEAD_HINTS:
         assert getattr(found.state, name).shape == (batch, heads)
         assert getattr(found.state, name).dtype == np.float32
 
@@ -111,8 +111,10 @@ def test_wrong_hints_cost_bytes_not_truth(
     shape = problem.query.shape[:2]
     state = HeadState(
         log_z=np.full(shape, log_z, np.float32),
+        rest=np.full(shape, log_z, np.float32),
         spread=np.full(shape, spread, np.float32),
         theta=np.full(shape, theta, np.float32),
+        margin=np.full(shape, spread, np.float32),
         step=np.zeros(1, np.uint32),
     )
     for repairs in (0, 1):
@@ -120,21 +122,16 @@ def test_wrong_hints_cost_bytes_not_truth(
         found = implementation.decode(problem.spec, problem.cache, problem.query, state, arguments)
         error, allowed = errors(problem, found, exact)
         assert (error <= allowed).all()
-        assert np.isfinite(found.state.theta).all()
+        for name in ("log_z", "theta", "margin"):
+            assert np.isfinite(getattr(found.state, name)).all()
+        assert not np.isnan(found.state.rest).any()
     assert not found.missed.any()
 
 
 def test_all_planes_are_read_where_theta_is_zero(implementation: ModuleType) -> None:
     problem = make(recipe(shape={"batch": 1, "tokens": 40}))
-    shape = problem.query.shape[:2]
-    state = HeadState(
-        log_z=np.zeros(shape, np.float32),
-        spread=np.ones(shape, np.float32),
-        theta=np.zeros(shape, np.float32),
-        step=np.zeros(1, np.uint32),
-    )
     found = implementation.decode(
-        problem.spec, problem.cache, problem.query, state, problem.arguments
+        problem.spec, problem.cache, problem.query, hinted(problem, theta=0.0), problem.arguments
     )
     assert (found.reads == 40).all()
 

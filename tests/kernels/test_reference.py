@@ -17,21 +17,11 @@ from alignedkv.kernels.sampling import DRAW_BITS, chances, draws, mix, stream_ke
 from alignedkv.kernels.storage import from_float64
 from alignedkv.policy import BoundKind
 from alignedkv.transform import KeyTransform, random_signs
-from problems import Problem, Recipe, make, recipe, stored
+from problems import Problem, Recipe, hinted, make, recipe, stored
 from strategies import Activations, Shape
 
 #: 2 e^(-z^2/2) at z = 2: what one channel may fail with.
 Z, ALLOWED = 2.0, 2.0 * np.exp(-2.0)
-
-
-def hinted(problem: Problem, theta: float, log_z: Any = 0.0, spread: Any = 1.0) -> HeadState:
-    shape = problem.query.shape[:2]
-    return HeadState(
-        log_z=np.broadcast_to(np.float32(log_z), shape),
-        spread=np.broadcast_to(np.float32(spread), shape),
-        theta=np.full(shape, theta, np.float32),
-        step=np.zeros(1, np.uint32),
-    )
 
 
 def decode(problem: Problem, state: HeadState, **changes: Any) -> Any:
@@ -50,7 +40,7 @@ def channels_outside(data: str, bound: str, tokens: int, seeds: int) -> float:
             given = Activations(keys=problem.keys, values=rows, query=np.zeros((1, 1, 64)))
             problem = stored(Recipe(shape=shape, policy=policy, seed=seed), given)
             encode_uncentred(problem)  # else every row is its mean, and all errors vanish
-        found = decode(problem, hinted(problem, np.inf), skip_share=0.0, deviations=Z)
+        found = decode(problem, hinted(problem, theta=np.inf), skip_share=0.0, deviations=Z)
         outside.append(np.abs(found.output - problem.exact().output) > found.bound[..., None])
     return float(np.mean(outside))
 
@@ -95,7 +85,8 @@ def test_the_whole_statistical_bound_fails_no_more_often_than_claimed() -> None:
         )
         exact = problem.exact()
         theta = 2.0**-9 * np.abs(exact.output).max()
-        state = hinted(problem, theta, exact.log_z, np.abs(exact.output).max(axis=-1))
+        spread = np.abs(exact.output).max(axis=-1)
+        state = hinted(problem, theta=theta, log_z=exact.log_z, spread=spread)
         found = decode(problem, state, deviations=3.0)
         assert np.isfinite(found.bound).all()
         outside += int((np.abs(found.output - exact.output).max(axis=-1) > found.bound).sum())
@@ -150,7 +141,7 @@ def on_the_threshold(bound: str, seed: int) -> tuple[Problem, HeadState]:
     exact = problem.exact()
     size, spread = 1.0, 0.01  # of the values; of the output, from above
     theta = np.exp(-exact.log_z[0, 0]) * sigma * (size + spread)
-    return problem, hinted(problem, theta, exact.log_z, spread)
+    return problem, hinted(problem, theta=theta, log_z=exact.log_z, spread=spread)
 
 
 def test_data_built_against_the_estimate_breaks_it_and_not_the_settled_rule() -> None:
@@ -171,7 +162,7 @@ def test_the_deterministic_bound_is_nearly_reached() -> None:
         Recipe(data="flat", shape=Shape(tokens=1, group=1), policy={"bound": "deterministic"})
     )
     encode_uncentred(problem)
-    found = decode(problem, hinted(problem, np.inf), skip_share=0.0)
+    found = decode(problem, hinted(problem, theta=np.inf), skip_share=0.0)
     error = np.abs(found.output - problem.exact().output).max()
     assert 0.9 < error / found.bound[0, 0] <= 1
 
@@ -200,7 +191,8 @@ def test_sampled_rows_leave_no_bias_and_keep_their_bound() -> None:
     theta = 4.0 / 256 / (8 * problem.arguments.skip_share)  # chances of about 1/4
     outputs, outside = [], []
     for step in range(150):
-        state = replace(hinted(problem, theta, np.log(256.0)), step=np.array([step], np.uint32))
+        state = hinted(problem, theta=theta, log_z=np.log(256.0))
+        state = replace(state, step=np.array([step], np.uint32))
         found = decode(problem, state, deviations=Z)
         outputs.append(found.output)
         outside.append(np.abs(found.output - exact) > found.bound[..., None])
@@ -305,7 +297,7 @@ def test_repairs_read_finer_and_add_up() -> None:
     problem = make(recipe(policy={"tolerance": 2.0**-9}, shape={"batch": 1, "kv_heads": 1}))
     exact = problem.exact()
     spread = np.abs(exact.output).max(axis=-1)
-    state = hinted(problem, 1.0, exact.log_z, spread)
+    state = hinted(problem, theta=1.0, log_z=exact.log_z, spread=spread)
     reads, missed = [], []
     for repairs in (0, 1, 2):
         arguments = replace(problem.arguments, repairs=repairs)
