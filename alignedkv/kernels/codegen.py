@@ -13,6 +13,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+from alignedkv import policy
 from alignedkv.errors import CodegenError
 from alignedkv.kernels.config import KERNEL_TUNABLES, DecodeConfig
 from alignedkv.kernels.footprint import MAX_SPLITS, partial_floats, query_bytes, shared_bytes
@@ -34,6 +35,18 @@ FLOAT_NAMES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 #: What a decode step runs.
 STEP_FILES = ("prepare.cu", "decode.cu")
+
+#: Constants of `alignedkv.policy` that kernels use.
+_POLICY_CONSTANTS = (
+    "near_first",
+    "near_last",
+    "near_spread",
+    "rest_gain",
+    "feedback_gain",
+    "start_margin",
+    "margin_rise",
+    "margin_fall",
+)
 
 _INCLUDE = re.compile(r'#include "([\w.]+)"')
 _COMMENT = re.compile(r"\s*//.*")
@@ -96,6 +109,9 @@ def prologue(spec: DecodeSpec, config: DecodeConfig) -> str:
         _constant("dither_fraction_bits", DITHER_FRACTION_BITS),
         _constant("smallest_scale", SMALLEST_SCALE),
         _constant("sampling_factor", SAMPLING_FACTOR),
+        *(_constant(name, getattr(policy, name.upper())) for name in _POLICY_CONSTANTS),
+        *_range("theta", policy.THETA_RANGE),
+        *_range("margin", policy.MARGIN_RANGE),
         _constant("max_splits", MAX_SPLITS),
         _constant("query_bytes", query_bytes(spec)),
         _constant("partial_floats", partial_floats(spec)),
@@ -128,6 +144,11 @@ def constant_name(name: str) -> str:
 def _constant(name: str, value: object) -> str:
     kind, text = _literal(value)
     return f"constexpr {kind} {constant_name(name)} = {text};"
+
+
+def _range(name: str, limits: tuple[float, float]) -> list[str]:
+    least, most = limits
+    return [_constant(f"least_{name}", least), _constant(f"most_{name}", most)]
 
 
 def _table(name: str, values: tuple[int, ...] | list[int]) -> str:

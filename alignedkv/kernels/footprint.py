@@ -19,7 +19,7 @@ MAX_SPLITS: Final = 512
 #: Tokens of a warp's tile, and rows of it that a rare plane is fetched for at a time.
 TILE, RARE_ROWS = 32, 16
 #: ``kNumbers`` of query.cuh and ``kConstants`` of block.cuh.
-_NUMBERS, _CONSTANTS = 6, 10
+_NUMBERS, _CONSTANTS = 9, 10
 #: Sums of a head besides those of its bound: weights, digit middles.
 _OTHER_SUMS = 2
 #: ``Sums::kCount`` of bounds.cuh: of an estimate, and of a bound that counts errors at their worst.

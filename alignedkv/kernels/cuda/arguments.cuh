@@ -37,8 +37,10 @@ struct Cache {
 // What a step wants to know of each query head beforehand (arrays.py, HeadState).
 struct State {
   float* log_z;   // [B, H] natural log-sum-exp of the scores
+  float* rest;    // [B, H] what all but near rows add to it, less what the query explains
   float* spread;  // [B, H] rho
   float* theta;   // [B, H] absolute threshold of an addend's error
+  float* margin;  // [B, H] bits below the tolerance at which feedback aims
   u32* step;      // [1] counts steps
 };
 

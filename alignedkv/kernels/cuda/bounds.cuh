@@ -15,6 +15,15 @@ struct Token {
   float chance;      // probability with which the value row was read; 1 if for certain
 };
 
+// Whether weights are freed of what a random score error adds to them on average (theory.md 5.1).  A
+// cap bends scores, and what is added then depends on where.
+constexpr bool kMeanCorrection = kBound == Bound::Estimate && !kSoftcap;
+
+// 1 - e^-x <= x / (1 + x/2), since it is 2t / (1 + t) with t = tanh(x/2) <= x/2.
+__device__ __forceinline__ float one_minus_exp(float x) {
+  return x * reciprocal_fast(fmaf(0.5f, x, 1.0f));
+}
+
 // e^x - 1 <= x e^(x/2) e^(x^2/24), since sinh(y) <= y e^(y^2/6).
 __device__ __forceinline__ float expm1_over(float x) {
   return x * exp2_fast(x * fmaf(x, kLog2e / 24, kLog2e / 2));
@@ -39,7 +48,7 @@ template <bool kCertain>
 struct SumsOf;
 
 // Estimate 9, (5.7) of theory.md, with the tokens' sums of one kind kept together: the variance of
-// keys, values and sampling, and what is added outright, skipped rows and the second-order term.
+// keys, values and sampling, and what is added outright, skipped rows and the bias of weights.
 template <>
 struct SumsOf<false> {
   static constexpr int kCount = 2;
@@ -61,20 +70,32 @@ struct SumsOf<false> {
       const float largest = kLargestPrefix * token.value_scale;
       const float drawn = largest * largest * (1.0f / token.chance - 1.0f);
       s.value_variance = fmaf(half_step, half_step, drawn);
-      s.skipped = 0.0f;
     }
     return s;
   }
 
-  __device__ __forceinline__ void add(
-      int g, float weight, const Shared& s, float deviation, float spread) {
+  // A token's terms; returns its weight.
+  __device__ __forceinline__ float add(
+      int g, float score, const Shared& s, float deviation, float spread) {
     const float sigma = deviation * s.step, variance_of_score = sigma * sigma;
-    const float reach = weight * (s.size + spread);  // w R
-    const float square = reach * reach;
-    variance[g] = fmaf(square, expm1_over(variance_of_score), variance[g]);
+    const float uncorrected = exp2_fast(score), size = s.size + spread;  // R
+    float weight = uncorrected;
+    if constexpr (kMeanCorrection) {
+      // w^2 (e^(sigma^2) - 1) is u^2 (1 - e^(-sigma^2)): nothing overflows.
+      weight *= exp2_fast(-0.5f * kLog2e * variance_of_score);
+      const float reach = uncorrected * size;
+      variance[g] = fmaf(reach * reach, one_minus_exp(variance_of_score), variance[g]);
+      // Errors are uniform sums, not normal: e^(sigma^2/2) is too large by sigma^4 / 20 at most.
+      const float bias = variance_of_score * variance_of_score * 0.05f;
+      certain[g] = fmaf(weight * size, bias, certain[g]);
+    } else {
+      const float reach = weight * size;
+      variance[g] = fmaf(reach * reach, expm1_over(variance_of_score), variance[g]);
+      certain[g] = fmaf(reach, variance_of_score, certain[g]);
+    }
     variance[g] = fmaf(weight * weight, s.value_variance, variance[g]);
-    certain[g] = fmaf(reach, variance_of_score, certain[g]);
-    certain[g] = fmaf(weight, s.skipped, certain[g]);
+    if constexpr (!kSampleValues) certain[g] = fmaf(weight, s.skipped, certain[g]);
+    return weight;
   }
 
   // What rounding took from a weight times its value scale, taken for random.
@@ -122,8 +143,10 @@ struct SumsOf<true> {
     return s;
   }
 
-  __device__ __forceinline__ void add(
-      int g, float weight, const Shared& s, float worst, float shift) {
+  // A token's terms; returns its weight.
+  __device__ __forceinline__ float add(
+      int g, float of_score, const Shared& s, float worst, float shift) {
+    const float weight = exp2_fast(of_score);
     const float e = fmaf(worst, s.step, fmaf(shift, s.scale, kWeightRounding));
     const float grown = weight * expm1_above(e);
     score[g] += grown;
@@ -131,6 +154,7 @@ struct SumsOf<true> {
     value[g] = fmaf(weight, s.value_error, value[g]);
     smallest[g] = fmaf(weight, exp2_fast(-kLog2e * e), smallest[g]);
     if constexpr (kSampleValues) drawn[g] = fmaf(weight * weight, s.drawn, drawn[g]);
+    return weight;
   }
 
   __device__ __forceinline__ void add_rounding(int g, float lost) {

@@ -28,7 +28,9 @@ __device__ __forceinline__ void set_constants(
     const DecodeArguments& a, DecodeShared& shared, const Query& query, i64 of_head, int g) {
   const i64 query_head = of_head * kGroup + g;
   const float infinity = __int_as_float(0x7f800000);
-  const float log_z = a.state.log_z[query_head], spread = a.state.spread[query_head];
+  // A repair knows what the pass before it found.
+  const float log_z = a.pass == 0 ? query.numbers[kLogZ][g] : a.state.log_z[query_head];
+  const float spread = a.state.spread[query_head];
   float theta = a.pass == 0 ? a.state.theta[query_head] : a.workspace.retry_theta[query_head];
   if (a.pass > 0 && a.pass == a.step.repairs) theta = 0.0f;
   const bool known = fabsf(log_z) < infinity;

@@ -1,6 +1,7 @@
 // The end of a step: sums of warps to a block's, of blocks to a head's, and the head's answer.
 
 #include "block.cuh"
+#include "near.cuh"
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -168,11 +169,16 @@ __device__ __forceinline__ void correct_dither(
 // ---- a head's answer ------------------------------------------------------------------------------
 
 // The next step's theta (policy.py, feedback_theta).
-__device__ __forceinline__ float feedback(float theta, float bound, float tau) {
-  constexpr float kMarginBits = 1.0f, kGain = 0.25f;
-  const float bits = log2_fast(tau / fmaxf(bound, 0x1p-126f)) - kMarginBits;
-  const float next = theta * fminf(fmaxf(exp2_fast(kGain * bits), 0.25f), 4.0f);
-  return fminf(fmaxf(next, 0x1p-20f * tau), 4.0f * tau);
+__device__ __forceinline__ float feedback(float theta, float bound, float tau, float margin) {
+  const float bits = log2_fast(tau / fmaxf(bound, 0x1p-126f)) - margin;
+  const float next = theta * fminf(fmaxf(exp2_fast(kFeedbackGain * bits), 0.25f), 4.0f);
+  return fminf(fmaxf(next, kLeastTheta * tau), kMostTheta * tau);
+}
+
+// And its margin (policy.py, feedback_margin).
+__device__ __forceinline__ float feedback_margin(float margin, bool missed) {
+  const float known = margin == margin ? margin : kStartMargin;
+  return fminf(fmaxf(known + (missed ? kMarginRise : -kMarginFall), kLeastMargin), kMostMargin);
 }
 
 // One warp: output, bound and state of query head g of the group.  Returns whether its bound missed.
@@ -240,12 +246,22 @@ __device__ __forceinline__ bool answer(
   // A denominator outside the floats says only that the hint was wrong: NaN, no hint (decode.cu).
   const bool known = total > 0 && total < __int_as_float(0x7f800000);
   const float ln2 = 0.693147181f;
-  a.state.log_z[query_head] = empty   ? logit
-                              : known ? fmaf(ln2, hint + top, logf(total))
-                                      : __int_as_float(0x7fc00000);
+  const float log_z = empty   ? logit
+                      : known ? fmaf(ln2, hint + top, logf(total))
+                              : __int_as_float(0x7fc00000);
+  a.state.log_z[query_head] = log_z;
+  if (kUsesNearRows && a.pass == 0 && !empty) {
+    const float(&numbers)[kNumbers][kHeads] = shared.query.numbers;
+    float& rest = a.state.rest[query_head];
+    rest = remembered(rest, log_z, numbers[kNear][g], numbers[kExplained][g]);
+  }
   if (!is_nan) a.state.spread[query_head] = spread;
   const float tau = a.step.tolerance * size, theta = shared.theta[g];
-  if (a.pass == 0 && tau > 0 && !is_nan) a.state.theta[query_head] = feedback(theta, bound, tau);
+  if (a.pass == 0 && tau > 0 && !is_nan) {
+    const float margin = feedback_margin(a.state.margin[query_head], missed);
+    a.state.margin[query_head] = margin;
+    a.state.theta[query_head] = feedback(theta, bound, tau, margin);
+  }
   const float finer = fminf(0.5f, 0.5f * tau / bound);
   a.workspace.retry_theta[query_head] = missed ? theta * (finer >= 0 ? finer : 0.0f) : theta;
   return missed;

@@ -6,12 +6,14 @@
 #include "arguments.cuh"
 #include "copies.cuh"
 #include "mma.cuh"
+#include "near.cuh"
 #include "query.cuh"
 #include "rows.cuh"
 
 // Warps that turn queries, one that encodes the new key, one the new value.
 constexpr int kQueryWarps = 6;
 constexpr int kPrepareWarps = kQueryWarps + 2;
+static_assert(kNearTiles <= kPrepareWarps, "a warp looks at one tile of near rows");
 static_assert(kDitherRows % 16 == 0, "dither rows are multiplied 16 at a time");
 
 struct PrepareShared {
@@ -20,7 +22,10 @@ struct PrepareShared {
   float unit[kHeads];
   float sum[kHeads];
   Words words[2];
+  NearSums near[kNearTiles];
+  NearTile tiles[kUsesNearRows ? kNearTiles : 1];
 };
+static_assert(sizeof(PrepareShared) <= 48 * 1024);
 
 // Wait for the warps that turn queries alone.
 __device__ __forceinline__ void await_query_warps() {
@@ -178,6 +183,34 @@ __device__ __forceinline__ void class_products(
   }
 }
 
+// The warps that turn queries: digits, numbers and class products of a KV head.
+__device__ __forceinline__ void turn_queries(
+    const DecodeArguments& a, PrepareShared& shared, Query& query, int sequence, int kv_head,
+    int warp) {
+  const int lane = lane_of_thread();
+  for (int g = kGroup + warp; g < kHeads; g += kQueryWarps) {
+    for (int c = lane; c < kChannels; c += 32) shared.numbers[g][c] = 0;
+    if (lane == 0) shared.unit[g] = shared.sum[g] = 0;
+    if (lane < kNumbers) query.numbers[lane][g] = 0;
+  }
+  for (int g = warp; g < kGroup; g += kQueryWarps) {
+    turn_query(a, shared, query, sequence, kv_head, g);
+  }
+  await_query_warps();
+  for (int i = threadIdx.x; i < kHeadBlocks * kSlots * 32; i += 32 * kQueryWarps) {
+    const int block = i / (kSlots * 32), in_block = i % (kSlots * 32);
+    const int slot = in_block / (32 * kSlotVector) * kSlotVector + in_block % kSlotVector;
+    const int of_lane = in_block / kSlotVector % 32, column = of_lane / 4;
+    const i16* numbers = shared.numbers[4 * block + column / 2] + slot_channel(slot, of_lane % 4);
+    shared.digits[i] = digit_word(numbers, column % 2);
+    (&query.digits[0][0][0][0])[i] = shared.digits[i];
+  }
+  await_query_warps();
+  for (int i = warp; i < kDitherRows / 16 * kHeadBlocks; i += kQueryWarps) {
+    class_products(a.cache.dither, shared, query, i / kHeadBlocks * 16, i % kHeadBlocks);
+  }
+}
+
 extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
     const __grid_constant__ DecodeArguments a) {
   __shared__ PrepareShared shared;
@@ -199,6 +232,12 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
   if (warp == 0 && lane == 0) {
     query.length = fits ? length : -1;
     query.stream = mix(mix(mix(a.step.seed + kSpread) ^ step) ^ static_cast<u32>(of_head));
+  }
+  const Range range = Range::of(a.cache.starts[sequence], fits ? length : 0, a.step.window);
+  NearRows near;
+  if (kUsesNearRows && warp < kNearTiles) {
+    near = NearRows::of(range, warp);
+    near.fetch(a.cache, sequence, kv_head, before, shared.tiles[warp]);
   }
   __syncthreads();  // all threads of the block have read the length and the step
   if (warp >= kQueryWarps) {
@@ -222,29 +261,30 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
     }
     if (a.rows.tokens == 1 && fits) {
       append(a, shared.words[side], sequence, kv_head, side, before, length);
+      if (kUsesNearRows && side == 0) {
+        const int newest = before / kTile * kTile;
+        for (int i = 0; i < kNearTiles; ++i) {
+          const NearRows near = NearRows::of(range, i);
+          if (near.token == newest) NearRows::put(shared.words[side], before, shared.tiles[i]);
+        }
+      }
+    }
+  } else {
+    turn_queries(a, shared, query, sequence, kv_head, warp);
+  }
+  if constexpr (!kUsesNearRows) {
+    if (threadIdx.x < kGroup) {
+      query.numbers[kLogZ][threadIdx.x] = a.state.log_z[of_head * kGroup + threadIdx.x];
     }
     return;
   }
-
-  for (int g = kGroup + warp; g < kHeads; g += kQueryWarps) {
-    for (int c = lane; c < kChannels; c += 32) shared.numbers[g][c] = 0;
-    if (lane == 0) shared.unit[g] = shared.sum[g] = 0;
-    if (lane < kNumbers) query.numbers[lane][g] = 0;
+  await_copies<0>();
+  __syncthreads();  // queries, the new row and the fetched ones are there
+  if (warp < kNearTiles) {
+    near.add_up(a, sequence, kv_head, query, shared.tiles[warp], shared.near[warp]);
   }
-  for (int g = warp; g < kGroup; g += kQueryWarps) {
-    turn_query(a, shared, query, sequence, kv_head, g);
-  }
-  await_query_warps();
-  for (int i = threadIdx.x; i < kHeadBlocks * kSlots * 32; i += 32 * kQueryWarps) {
-    const int block = i / (kSlots * 32), in_block = i % (kSlots * 32);
-    const int slot = in_block / (32 * kSlotVector) * kSlotVector + in_block % kSlotVector;
-    const int of_lane = in_block / kSlotVector % 32, column = of_lane / 4;
-    const i16* numbers = shared.numbers[4 * block + column / 2] + slot_channel(slot, of_lane % 4);
-    shared.digits[i] = digit_word(numbers, column % 2);
-    (&query.digits[0][0][0][0])[i] = shared.digits[i];
-  }
-  await_query_warps();
-  for (int i = warp; i < kDitherRows / 16 * kHeadBlocks; i += kQueryWarps) {
-    class_products(a.cache.dither, shared, query, i / kHeadBlocks * 16, i % kHeadBlocks);
+  __syncthreads();
+  if (threadIdx.x < kGroup) {
+    set_hint(a, shared.near, query, of_head * kGroup + threadIdx.x, threadIdx.x);
   }
 }

@@ -34,6 +34,9 @@ enum Number {
   kDeviation,  // sigma(1) / g, natural
   kWorst,      // e(1) / g, natural
   kShift,      // (b + e^a) / g, natural: (3.1) and (7.1) of theory.md
+  kNear,       // log-sum-exp of the near rows' first scores, natural (policy.py, NEAR_FIRST)
+  kExplained,  // what the query alone explains of the other rows' log-sum-exp, natural
+  kLogZ,       // the hint of log Z that follows, natural
   kNumbers
 };
 

@@ -48,9 +48,8 @@ __device__ __forceinline__ void Worker::weigh() {
   float scaled[kGroup], largest[kHeads] = {};
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
-    const float weight = exp2_fast(score[g]);
+    const float weight = sums.add(g, score[g], shared, first[g], second[g]);
     total[g] += weight;
-    sums.add(g, weight, shared, first[g], second[g]);
     scaled[g] = weight * unit;
     // Non-negative floats are ordered like their bits, NaN last.
     largest[g] = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(scaled[g])));

@@ -6,11 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from alignedkv.errors import LaunchError
 from alignedkv.kernels.arguments import Sizes, as_mapping, cache_values, new_rows, pack
-from alignedkv.kernels.arrays import Array, CacheArrays, DecodeResult, HeadState, StepArguments
+from alignedkv.kernels.arrays import (
+    START_HINTS,
+    Array,
+    CacheArrays,
+    DecodeResult,
+    HeadState,
+    StepArguments,
+)
 from alignedkv.kernels.config import WARP, DecodeConfig
 from alignedkv.kernels.device import Place, device_target
 from alignedkv.kernels.device_array import DeviceArray
@@ -18,6 +23,7 @@ from alignedkv.kernels.footprint import shared_bytes
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.tune.wisdom import find
 from alignedkv.kernels.workspace import Workspace, allocate_workspace
+from alignedkv.policy import START_MARGIN
 
 #: Warps of a block of prepare.cu; ``kPrepareWarps`` there.
 PREPARE_WARPS = 8
@@ -117,17 +123,15 @@ def probe(
     if state is None:
         heads = tuple(query.shape[:2])
         state = HeadState(
-            log_z=place.zeros(heads, "float32"),
-            spread=place.zeros(heads, "float32"),
-            theta=place.zeros(heads, "float32"),
+            **{name: place.zeros(heads, "float32") for name in START_HINTS},
             step=place.zeros((1,), "uint32"),
         )
-    place.fill(state.log_z, 0.0)
-    place.fill(state.spread, 0.0)
-    place.fill(state.theta, np.inf)
+    for name, value in START_HINTS.items():
+        place.fill(getattr(state, name), value)
     coarse = replace(arguments, skip_share=0.0, repairs=0)
     found = _run(place, cache, _NO_ROWS, query, state, coarse, workspace, sinks)
     place.scale(state.theta, found.size, arguments.tolerance * start_theta)
+    place.fill(state.margin, START_MARGIN)
     place.fill(state.step, 0)
     return state
 

@@ -1,0 +1,170 @@
+// What a step learns of its softmax before it plans: the log-sum-exp of the near rows' first scores.
+//
+// Near rows are the first and the last attended ones (policy.py, NEAR_FIRST).  They and the query's
+// size hold most of what changes from token to token; the rest is remembered (state.rest).
+
+#include "products.cuh"
+#include "tiles.cuh"
+
+// A statistical bound takes its hints from the step before: they must not depend on this step's
+// dither (theory.md 5.3).
+constexpr bool kUsesNearRows = kBound != Bound::Statistical;
+
+// Tiles that may hold near rows: the first kNearFirst tokens lie in two at most.
+constexpr int kNearTiles = 2 + (kNearLast + kTile - 1) / kTile + 1;
+
+// What a tile's near rows come to; logarithms to base 2.
+struct NearSums {
+  float top[kHeads], sum[kHeads];  // of exp2(score - top)
+  float square;                    // of key scales
+  int count;
+};
+
+struct alignas(16) NearTile {
+  u8 keys[kTile * kPlaneRowBytes[0]];
+};
+
+// The near rows of one tile, for one warp.
+struct NearRows {
+  int token;   // of the tile's first row
+  u32 rows;    // mask of near rows
+  i64 of_row;  // where this lane's row lies
+
+  __device__ __forceinline__ static bool is_near(const Range& range, int token) {
+    return range.holds(token) && (token < range.first + kNearFirst || token >= range.end - kNearLast);
+  }
+  // The index-th tile that may hold some.
+  __device__ __forceinline__ static NearRows of(const Range& range, int index) {
+    const int first = range.first / kTile, last_of_first = (range.first + kNearFirst - 1) / kTile;
+    const int behind = max(last_of_first + 1, max(range.end - kNearLast, 0) / kTile);
+    const int tile = first + index <= last_of_first ? first + index
+                                                    : behind + index - (last_of_first + 1 - first);
+    NearRows near;
+    near.token = tile * kTile;
+    near.rows = __ballot_sync(kAllLanes, is_near(range, near.token + lane_of_thread()));
+    return near;
+  }
+
+  // Fetch the rows older than token `before`.
+  __device__ __forceinline__ void fetch(
+      const Cache& cache, int sequence, int head, int before, NearTile& to) const {
+    const int lane = lane_of_thread(), older = before - token;
+    const u32 wanted = older >= kTile ? rows : older > 0 ? rows & ((1u << older) - 1) : 0;
+    if (!wanted) return;
+    const TileRows at = TileRows::of(cache, sequence, head, token);
+    copy_rows<Side::Key, 0, Absent::Left>(
+        shared_address(to.keys), cache.key_planes[0], at, wanted, lane);
+  }
+
+  // The row of the token that this step appends, from its words.
+  __device__ __forceinline__ static void put(const Words& words, int token, NearTile& to) {
+    const int row = token % kTile, swizzle = key_swizzle<kWidths[0]>(row);
+    for (int j = lane_of_thread(); j < kPlaneRowBytes[0] / 4; j += 32) {
+      const int byte = row * kPlaneRowBytes[0] + ((4 * j) ^ (16 * swizzle));
+      *reinterpret_cast<u32*>(to.keys + byte) = packed_bytes<0>(words, 4 * j);
+    }
+  }
+
+  // Scores of the tile's near rows, summed.  The scales of all its rows are written by now.
+  __device__ __forceinline__ void add_up(
+      const DecodeArguments& a, int sequence, int head, const Query& query, const NearTile& tile,
+      NearSums& to) const {
+    const int lane = lane_of_thread(), r = lane / 4, c = lane % 4;
+    const bool mine = rows >> lane & 1;
+    float scale = 0;
+    if (mine) scale = scale_of(a.cache.scales[row_index(a.cache, sequence, head, token + lane)] & 0xffff);
+    float score[kHeadBlocks][4];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int x[kHeadBlocks][2];
+      key_products<4>(x, tile.keys + half * 16 * kPlaneRowBytes[0], query, lane);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = 16 * half + r + 8 * i;
+        const float of_row = __shfl_sync(kAllLanes, scale, row);
+        const float* classes = query.classes[dither_class(token + row)];
+#pragma unroll
+        for (int b = 0; b < kHeadBlocks; ++b) {
+          const int g = 4 * b + c;
+          const float unit = query.numbers[kUnit16][g];
+          float s = fmaf(of_row, fmaf(unit, static_cast<float>(x[b][i]), classes[g]),
+                         query.numbers[kBase][g]);
+          if constexpr (kSoftcap) s = a.step.softcap * kLog2e * tanhf(s);
+          score[b][2 * half + i] = rows >> row & 1 ? s : -infinity();
+        }
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kHeadBlocks; ++b) {
+      float top = -infinity(), sum = 0;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) top = fmaxf(top, score[b][i]);
+#pragma unroll
+      for (int distance = 4; distance < 32; distance *= 2) {
+        top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, distance));
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // NaN stays NaN; a row that is not near adds nothing, whatever lies there.
+        if (score[b][i] != -infinity()) sum += exp2_fast(score[b][i] - top);
+      }
+#pragma unroll
+      for (int distance = 4; distance < 32; distance *= 2) {
+        sum += __shfl_xor_sync(kAllLanes, sum, distance);
+      }
+      if (r == 0) to.top[4 * b + c] = top, to.sum[4 * b + c] = sum;
+    }
+    float square = scale * scale;
+#pragma unroll
+    for (int distance = 16; distance; distance /= 2) {
+      square += __shfl_xor_sync(kAllLanes, square, distance);
+    }
+    if (lane == 0) to.square = square, to.count = __popc(rows);
+  }
+};
+
+// log(e^a + e^b); -infinity adds nothing.
+__device__ __forceinline__ float log_add_exp(float a, float b) {
+  const float larger = fmaxf(a, b), smaller = fminf(a, b);
+  if (smaller == -infinity()) return larger;
+  return larger + log1pf(expf(smaller - larger));
+}
+
+// The hint of log Z of one query head, from all near tiles and what is remembered of the other rows.
+__device__ __forceinline__ void set_hint(
+    const DecodeArguments& a, const NearSums (&tiles)[kNearTiles], Query& query, i64 query_head,
+    int g) {
+  constexpr float kLn2 = 0.693147181f;
+  float top = -infinity(), sum = 0, square = 0;
+  int count = 0;
+  for (const NearSums& tile : tiles) {
+    top = fmaxf(top, tile.top[g]);
+    square += tile.square, count += tile.count;
+  }
+  for (const NearSums& tile : tiles) {
+    if (tile.count) sum += tile.sum[g] * exp2_fast(tile.top[g] - top);
+  }
+  const float near = count ? kLn2 * (top + log2_fast(sum)) : -infinity();
+  const float base = query.numbers[kBase][g], deviation = query.numbers[kDeviation][g];
+  float explained;
+  if constexpr (kSoftcap) {
+    explained = a.step.softcap * tanhf(base);
+  } else {
+    // deviation is lambda ||q'|| / (2 sqrt 3).
+    const float mean_square = square / static_cast<float>(max(count, 1));
+    explained = fmaf(kNearSpread * 12.0f * deviation * deviation, mean_square, kLn2 * base);
+  }
+  const float rest = a.state.rest[query_head];
+  query.numbers[kNear][g] = near;
+  query.numbers[kExplained][g] = explained;
+  query.numbers[kLogZ][g] =
+      log_add_exp(near, rest == rest ? rest + explained : -infinity());
+}
+
+// What the other rows come to, for the next step; unchanged where this step cannot tell.
+__device__ __forceinline__ float remembered(float rest, float log_z, float near, float explained) {
+  if (near != -infinity() && !(log_z > near + 0x1p-10f)) return rest;
+  const float found = log_z + log1pf(-expf(near - log_z)) - explained;
+  if (!(fabsf(found) < infinity())) return rest;
+  return fabsf(rest) < infinity() ? fmaf(kRestGain, found - rest, rest) : found;
+}
