@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from alignedkv.errors import ActivationError
 from alignedkv.kernels.arrays import (
     HEAD_HINTS,
+    START_HINTS,
     Array,
     CacheArrays,
     DecodeResult,
@@ -251,14 +252,8 @@ def probe(
 
 def unknown_state(batch: int, heads: int) -> HeadState:
     """Hints with which a step reads first planes alone: theta is infinite."""
-    return HeadState(
-        log_z=np.zeros((batch, heads), np.float32),
-        rest=np.full((batch, heads), -np.inf, np.float32),
-        spread=np.zeros((batch, heads), np.float32),
-        theta=np.full((batch, heads), np.inf, np.float32),
-        margin=np.full((batch, heads), START_MARGIN, np.float32),
-        step=np.zeros(1, np.uint32),
-    )
+    hints = {name: np.full((batch, heads), x, np.float32) for name, x in START_HINTS.items()}
+    return HeadState(**hints, step=np.zeros(1, np.uint32))
 
 
 def coarse(arguments: StepArguments) -> StepArguments:

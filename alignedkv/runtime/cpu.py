@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from alignedkv.kernels import cpu
-from alignedkv.kernels.arrays import CacheArrays, DecodeResult, HeadState
+from alignedkv.kernels.arrays import HEAD_HINTS, CacheArrays, DecodeResult, HeadState
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.runtime.plan import StepPlan
 
@@ -126,12 +126,8 @@ def _numpy_cache(cache: CacheArrays) -> CacheArrays:
 
 
 def _numpy_state(state: HeadState) -> HeadState:
-    return HeadState(
-        log_z=_numpy(state.log_z),
-        spread=_numpy(state.spread),
-        theta=_numpy(state.theta),
-        step=_unsigned(state.step),
-    )
+    hints = {name: _numpy(getattr(state, name)) for name in HEAD_HINTS}
+    return HeadState(**hints, step=_unsigned(state.step))
 
 
 def _write(tensor: Tensor, array: Array) -> None:
@@ -140,5 +136,5 @@ def _write(tensor: Tensor, array: Array) -> None:
 
 
 def _write_state(state: HeadState, found: HeadState) -> None:
-    for name in ("log_z", "spread", "theta", "step"):
+    for name in (*HEAD_HINTS, "step"):
         _write(getattr(state, name), np.asarray(getattr(found, name)))

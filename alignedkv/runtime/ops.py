@@ -4,7 +4,7 @@ Tensors come in lists so that an operator's mutations are declared exactly:
 
 - ``rows``: N key planes, N value planes, scales, lengths and, with exact rows, the two buffers;
 - ``constants``: key_mean, balance, value_mean, signs, dither, starts;
-- ``state``: log_z, spread, theta, step;
+- ``state``: the fields of `HeadState` in their order: HEAD_HINTS, step;
 - ``results``: bound, size, missed, reads;
 - ``scratch``: what the backend asked for.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alignedkv.kernels.arrays import CacheArrays, DecodeResult, HeadState
+from alignedkv.kernels.arrays import HEAD_HINTS, CacheArrays, DecodeResult, HeadState
 from alignedkv.runtime.backend import backend_for
 from alignedkv.runtime.plan import StepPlan, parse_plan
 
@@ -65,8 +65,8 @@ def unpack_rows(
 
 
 def _head_state(state: list[Tensor]) -> HeadState:
-    log_z, spread, theta, step = state
-    return HeadState(log_z=log_z, spread=spread, theta=theta, step=step)
+    *hints, step = state
+    return HeadState(**dict(zip(HEAD_HINTS, hints, strict=True)), step=step)
 
 
 @torch.library.custom_op("alignedkv::fit", mutates_args=("constants",))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alignedkv.kernels import storage
+from alignedkv.kernels.arrays import HEAD_HINTS
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.runtime import ops
 from alignedkv.runtime.backend import TORCH_DTYPES, backend_for
@@ -22,7 +23,7 @@ from alignedkv.runtime.request import Request
 
 #: Where the shared tensors stand in their lists; see `ops`.
 _SIGNS, _DITHER = 3, 4
-_STEP = 3
+_STEP = len(HEAD_HINTS)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -142,7 +143,7 @@ def allocate(
         exact_rows=(cache.exact_first, cache.exact_last),
         rows=ops.pack_rows(cache),
         constants=ops.pack_constants(cache),
-        state=[*(zeros(heads, "float32") for _ in range(3)), zeros((1,), "uint32")],
+        state=[*(zeros(heads, "float32") for _ in HEAD_HINTS), zeros((1,), "uint32")],
         results=[
             zeros(heads, "float32"),
             zeros(heads, "float32"),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignedkv.kernels import arithmetic, cpu, reference, sampling
-from alignedkv.kernels.arrays import HeadState
+from alignedkv.kernels.arrays import HEAD_HINTS
 from alignedkv.kernels.cpu import maths, plan, step, sums
 from alignedkv.kernels.cpu.compiled import _folder
 from alignedkv.kernels.cpu.rows import class_of
@@ -19,8 +19,8 @@ from alignedkv.kernels.reference_bounds import curvature
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import allocate_numpy, to_float32
 from alignedkv.planes import dither_class, encode_rows, pack_plane
-from alignedkv.policy import planes_for
-from problems import RECIPES, Problem, make, recipe
+from alignedkv.policy import FEEDBACK_GAIN, LEAST_REST, planes_for
+from problems import RECIPES, Problem, hinted, make, near_of, recipe
 from strategies import ADVERSARIAL, LAYOUTS, rows
 
 
@@ -55,7 +55,7 @@ def compare(p: Problem, found: Any, wanted: Any) -> None:
     # A comparison of logarithms with errors below 2^-12 is a tie in one of 2^9 plane decisions.
     ties = 1 + theirs.sum(axis=(2, 3)) // 512
     assert (np.abs(theirs - mine).sum(axis=(2, 3)) <= ties).all()
-    assert same.mean() > 0.5
+    assert same.mean() >= 0.5
 
     # float32 rounds the bounds; at most c_acc sum p 8.5 g and the e^a of Theorem 12 are added.
     bound, theirs_bound = found.bound[same], wanted.bound[same]
@@ -71,9 +71,33 @@ def compare(p: Problem, found: Any, wanted: Any) -> None:
     error = np.abs(mine - theirs).max(axis=-1)[same]
     size = np.abs(theirs).max(axis=-1)[same]
     assert (error <= rounding * size + 0.05 * theirs_bound + 1e-44).all()
+    compare_hints(p, found, wanted, same, size.max(initial=1))
+
+
+def compare_hints(p: Problem, found: Any, wanted: Any, same: np.ndarray, size: float) -> None:
+    """What the next step is told by heads for which the ``same`` rows were read."""
+    mine, theirs = (
+        {name: getattr(answer.state, name)[same] for name in HEAD_HINTS}
+        for answer in (found, wanted)
+    )
     for name in ("log_z", "spread"):
-        ours, its = getattr(found.state, name)[same], getattr(wanted.state, name)[same]
-        np.testing.assert_allclose(ours, its, rtol=1e-4, atol=1e-5 * (size.max(initial=1)))
+        np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-4, atol=1e-5 * size)
+    # A rest that is a small difference of log Z and the near rows' has the larger relative error;
+    # it may be taken for rounding or not where it is about LEAST_REST.
+    with np.errstate(all="ignore"):
+        beyond = (wanted.state.log_z - near_of(p).log_sum)[same]
+        error = 1e-5 * (1 + np.abs(theirs["log_z"])) / -np.expm1(-np.maximum(beyond, LEAST_REST))
+        alike = np.abs(mine["rest"] - theirs["rest"]) <= error + 1e-4 * np.abs(theirs["rest"])
+    assert (alike | (mine["rest"] == theirs["rest"]) | (np.abs(beyond - LEAST_REST) < 1e-4)).all()
+    # theta follows the bound to the power FEEDBACK_GAIN, and the margin the miss.
+    agreed = (found.missed == wanted.missed)[same]
+    np.testing.assert_allclose(mine["margin"][agreed], theirs["margin"][agreed], rtol=1e-6)
+    factor = 1.25**FEEDBACK_GAIN
+    with np.errstate(invalid="ignore"):
+        ratio = mine["theta"][agreed] / theirs["theta"][agreed]
+    assert ((ratio <= factor) & (ratio >= 1 / factor) | np.isnan(ratio)).all()
+    bound = wanted.bound[same][~agreed]
+    assert (bound * 1.25 > p.arguments.tolerance * (wanted.size[same][~agreed] - bound)).all()
 
 
 @settings(max_examples=40)
@@ -189,13 +213,7 @@ def test_the_tile_of_the_arithmetic_model_is_the_kernels() -> None:
     """c_acc stands for at most TILE rows in a float32 sum."""
     tight = make(recipe(policy={"bound": "deterministic"}, shape={"batch": 1, "tokens": 600}))
     exact = tight.exact()
-    shape = tight.query.shape[:2]
-    state = HeadState(
-        log_z=exact.log_z.astype(np.float32),
-        spread=np.ones(shape, np.float32),
-        theta=np.zeros(shape, np.float32),
-        step=np.zeros(1, np.uint32),
-    )
+    state = hinted(tight, theta=0.0, log_z=exact.log_z)
     mine, its = (
         module.decode(tight.spec, tight.cache, tight.query, state, tight.arguments)
         for module in (cpu, reference)

@@ -11,7 +11,14 @@ import numba
 import numpy as np
 
 from alignedkv.kernels import arithmetic
-from alignedkv.kernels.arrays import Array, CacheArrays, DecodeResult, HeadState, StepArguments
+from alignedkv.kernels.arrays import (
+    HEAD_HINTS,
+    Array,
+    CacheArrays,
+    DecodeResult,
+    HeadState,
+    StepArguments,
+)
 from alignedkv.kernels.cpu import rows, step, tile
 from alignedkv.kernels.reference import (
     coarse,
@@ -101,7 +108,8 @@ def decode(
     batch, heads, _ = query.shape
     kv_heads = heads // spec.group
     output = np.empty(query.shape)
-    answer = np.zeros((6, batch, heads), np.float32)
+    answer = np.zeros((3, batch, heads), np.float32)
+    hints = np.zeros((len(HEAD_HINTS), batch, heads), np.float32)
     reads = np.zeros((batch, kv_heads, 2, spec.stored_planes), np.uint32)
     model = arithmetic.cpu(spec.channels, tile=tile.TILE)
     step.decode_step(
@@ -119,24 +127,24 @@ def decode(
         model.refined_norm1,
         cache.lengths,
         cache.starts,
-        state.log_z,
-        state.spread,
-        state.theta,
+        np.stack([getattr(state, name) for name in HEAD_HINTS]),
         int(state.step[0]),
         _NO_SINKS if sinks is None else sinks,
         splits or _splits(batch * kv_heads, int(cache.lengths.max())),
         output,
         answer,
+        hints,
         reads,
     )
-    bound, size, log_z, spread, theta, missed = answer
+    bound, size, missed = answer
+    following = dict(zip(HEAD_HINTS, hints, strict=True))
     return DecodeResult(
         output=from_float64(output, spec.query_dtype),
         bound=bound,
         size=size,
         missed=missed.astype(np.uint8),
         reads=reads,
-        state=HeadState(log_z=log_z, spread=spread, theta=theta, step=state.step + np.uint32(1)),
+        state=HeadState(**following, step=state.step + np.uint32(1)),
     )
 
 

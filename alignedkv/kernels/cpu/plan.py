@@ -35,8 +35,16 @@ _ROOT_3 = np.sqrt(3.0)
 
 
 @compiled
-def _cap(score, softcap):
+def cap(score, softcap):
+    """A score under the softcap, if there is one."""
     return softcap * np.tanh(score / softcap) if softcap > 0 else score
+
+
+@compiled
+def first_score(step, head, g, digits, key_scale, own):
+    """Score of the row whose first digits are ``digits[0]``, of dither class ``own``."""
+    product = dot(head.queries, g, digits, 0) - head.products[g, own]
+    return cap(step.scaling * key_scale * product + head.facts[g, BASE], step.softcap)
 
 
 @compiled
@@ -48,16 +56,15 @@ def score_tile(cache, step, head, tile, b, h, n):
         if tile.slot[r] < 0:
             first_digits(cache.key_planes[0], tile.address[r], tile.digits, 0)
             for g in range(group):
-                product = dot(head.queries, g, tile.digits, 0) - head.products[g, tile.own[r]]
-                raw = step.scaling * step_size * product + head.facts[g, BASE]
-                tile.score[g, r] = _cap(raw, step.softcap)
+                score = first_score(step, head, g, tile.digits, step_size, tile.own[r])
+                tile.score[g, r] = score
         else:
             for g in range(group):
                 product = 0.0
                 for i in range(head.exact_queries.shape[1]):
                     key = np.float64(cache.exact_keys[b, h, tile.slot[r], i])
                     product += head.exact_queries[g, i] * key
-                tile.score[g, r] = _cap(step.scaling * product, step.softcap)
+                tile.score[g, r] = cap(step.scaling * product, step.softcap)
         tile.finest_half[r] = 0.5 * step_size * tile.live[r]
         for g in range(group):
             tile.half[g, r] = tile.finest_half[r]
@@ -73,7 +80,7 @@ def _refine(cache, step, head, tile, r, count, into):
         dither = 4096.0 * head.products[g, tile.own[r]]
         product = dot_double(head.queries, g, tile.digits, 0) - dither
         raw = step.scaling * unit * product + head.facts[g, BASE]
-        into[g, r] = _cap(raw, step.softcap)
+        into[g, r] = cap(raw, step.softcap)
 
 
 @fast

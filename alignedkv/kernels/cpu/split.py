@@ -2,8 +2,9 @@
 
 What is computed is `reference_plan` and `reference_sums`; how, is this: the first key plane of a
 tile is multiplied in float32; the plan is made in logarithms; tokens that need more planes get a
-float64 score; weights are relative to the largest score so far; wanted value rows are unpacked side
-by side and added in float32 within the tile, in float64 beyond (`arithmetic.cpu`).
+float64 score; an estimate's scores are corrected once all is planned; weights are relative to the
+largest score so far; wanted value rows are unpacked side by side and added in float32 within the
+tile, in float64 beyond (`arithmetic.cpu`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from alignedkv.kernels.cpu.sums import (
     add_classes,
     add_errors,
     add_values,
+    correct_means,
     subtract_dither,
     weigh,
 )
-from alignedkv.kernels.cpu.tile import STATISTICAL, TILE, new_tile
+from alignedkv.kernels.cpu.tile import STATISTICAL, TILE, key_scale_of, new_tile
 
 
 @compiled
@@ -52,6 +54,7 @@ def decode_split(
         else:
             plan_keys(cache, step, head, tile, n)
         plan_values(cache, step, head, tile, n)
+        correct_means(step, head, tile, n)
         weigh(tile, n, top, sums, classes, out)
         add_errors(cache, step, head, tile, n, sums)
         if step.kind == STATISTICAL:
@@ -79,7 +82,7 @@ def _gather(cache, tile, b, h, start, length, first, n):
             slot = cache.exact_first + t % cache.exact_last
         tile.token[r], tile.address[r], tile.slot[r] = t, address, slot
         tile.own[r] = class_of(t, cache.dither.shape[1])
-        tile.key_scale[r] = np.uint32((scales & 0xFFFF) << 16).view(np.float32)
+        tile.key_scale[r] = key_scale_of(scales)
         tile.value_scale[r] = np.uint32(scales & 0xFFFF0000).view(np.float32)
         tile.size[r] = 7.5 * tile.value_scale[r]
         tile.live[r] = 1.0 if slot < 0 else 0.0

@@ -7,6 +7,7 @@ import numpy as np
 
 from alignedkv.kernels.cpu.compiled import compiled, parallel
 from alignedkv.kernels.cpu.finish import bound_head, merge_split
+from alignedkv.kernels.cpu.hints import expect_log_z, feed_back, next_rest, read_hints
 from alignedkv.kernels.cpu.maths import exp, scale
 from alignedkv.kernels.cpu.plan import mix
 from alignedkv.kernels.cpu.rows import butterfly
@@ -17,9 +18,11 @@ from alignedkv.kernels.cpu.tile import (
     CLASS_SUMS,
     FACTS,
     LOG_Z,
+    MARGIN,
     NORM1,
     NORM2,
     REFINED_ERROR,
+    REST,
     SCORE_ERROR,
     SHIFT,
     SPREAD,
@@ -33,9 +36,7 @@ from alignedkv.kernels.cpu.tile import (
 from alignedkv.kernels.reference_plan import ENCODER_BUTTERFLY, ENCODER_DIGITS
 from alignedkv.kernels.sampling import SPREAD as HASH_SPREAD
 from alignedkv.planes import DITHER_FRACTION_BITS
-from alignedkv.policy import FEEDBACK_GAIN, FEEDBACK_MARGIN_BITS, THETA_RANGE
 
-_LEAST_THETA, _MOST_THETA = THETA_RANGE
 _DITHER_STEP = 2.0**-DITHER_FRACTION_BITS / 4096.0
 
 
@@ -55,14 +56,13 @@ def decode_step(
     refined_error,  # Arithmetic.refined_norm1
     lengths,  # int32 [B]
     starts,  # int32 [B]
-    log_z,  # float32 [B, H]
-    spread,  # float32 [B, H]
-    theta,  # float32 [B, H]
+    told,  # float32 [HEAD_HINTS, B, H]: hints
     counter,  # of the sampling hash
     sinks,  # float32 [H], empty for none
     splits,  # parts of a sequence
     output,  # float64 [B, H, D], written
-    answer,  # float32 [6, B, H], written: bound, size, log_z, spread, theta, missed
+    answer,  # float32 [3, B, H], written: bound, size, missed
+    hints,  # float32 [HEAD_HINTS, B, H], written
     reads,  # uint32 [B, Hkv, 2, N], added to
 ):
     """Decode one token of every sequence; repeat, finer, the KV heads whose bound missed."""
@@ -78,10 +78,14 @@ def decode_step(
     for place in numba.prange(places):
         b, h = place // kv_heads, place % kv_heads
         _prepare(
-            step, query, key_mean, balance, signs, block, score_error, refined_error, log_z,
-            spread, theta, stored.dither, b, h, queries[place], exact_queries[place],
-            products[place], facts[place],
+            step, query, key_mean, balance, signs, block, score_error, refined_error, told,
+            stored.dither, b, h, queries[place], exact_queries[place], products[place],
+            facts[place],
         )  # fmt: skip
+        start, length = _range(step, lengths, starts, b)
+        whole = whole_cache(key_planes, value_planes, widths, stored)
+        head = Head(queries[place], exact_queries[place], products[place], facts[place], 0)
+        expect_log_z(whole, step, head, b, h, start, length)
 
     active = np.ones(places, np.bool_)
     tops = np.empty((places, splits, group))
@@ -120,7 +124,7 @@ def decode_step(
                             reads[b, h, side, n] += np.uint32(counts[place, i, side, n])
                 missed = _finish(
                     stored.value_mean, step, facts[place], tops[place], sums[place],
-                    kinds[place], outs[place], b, h, sinks, attempt, output, answer,
+                    kinds[place], outs[place], b, h, sinks, attempt, output, answer, hints,
                 )  # fmt: skip
                 start, length = _range(step, lengths, starts, b)
                 active[place] = missed and length > start
@@ -154,8 +158,8 @@ def _stream_key(seed, counter, place):
 
 @compiled
 def _prepare(
-    step, query, key_mean, balance, signs, block, score_error, refined_error, log_z, spread,
-    theta, dither, b, h, queries, exact_queries, products, facts,
+    step, query, key_mean, balance, signs, block, score_error, refined_error, told, dither, b, h,
+    queries, exact_queries, products, facts,
 ):  # fmt: skip
     """q', its norms, C_s and the hints of the G heads of one KV head."""
     group, channels = queries.shape
@@ -189,16 +193,13 @@ def _prepare(
         facts[g, SHIFT] = (butterfly_error + digits_error) / 4096.0
         facts[g, SCORE_ERROR] = score_error * norm1
         facts[g, REFINED_ERROR] = refined_error * norm1
-        hint = np.float64(log_z[b, at])
-        facts[g, LOG_Z] = -np.inf if np.isnan(hint) else hint
-        hint = np.float64(spread[b, at])
-        facts[g, SPREAD] = hint if np.isfinite(hint) else 0.0
-        hint = np.float64(theta[b, at])
-        facts[g, THETA] = 0.0 if np.isnan(hint) else hint
+        read_hints(told, b, at, facts[g])
 
 
 @compiled
-def _finish(value_mean, step, facts, tops, sums, kinds, outs, b, h, sinks, attempt, output, answer):
+def _finish(
+    value_mean, step, facts, tops, sums, kinds, outs, b, h, sinks, attempt, output, answer, hints
+):
     """Merge the splits of the G heads, bound them, and set the hints of a repair.
 
     Returns
@@ -224,8 +225,9 @@ def _finish(value_mean, step, facts, tops, sums, kinds, outs, b, h, sinks, attem
                 output[b, at, i] = 0
             for k in range(len(answer)):
                 answer[k, b, at] = 0
-            answer[2, b, at] = logit
-            answer[4, b, at] = facts[g, THETA]
+            for k in range(len(hints)):
+                hints[k, b, at] = facts[g, k]
+            hints[LOG_Z, b, at], hints[SPREAD, b, at] = logit, 0.0
             continue
         total = np.zeros(SUMS)
         kind = np.zeros((CLASS_SUMS, kinds.shape[3]))
@@ -252,17 +254,15 @@ def _finish(value_mean, step, facts, tops, sums, kinds, outs, b, h, sinks, attem
         if np.isnan(bound) and not lost:
             bound = np.inf
         tau = step.tolerance * size
-        if attempt == 0:
-            wanted = tau / max(bound, 1e-300) * 2.0**-FEEDBACK_MARGIN_BITS
-            following = facts[g, THETA] * min(max(wanted**FEEDBACK_GAIN, 0.25), 4.0)
-            answer[4, b, at] = min(max(following, _LEAST_THETA * tau), _MOST_THETA * tau)
-            if np.isnan(bound):
-                answer[4, b, at] = np.nan
         missed = not bound <= step.tolerance * (size - bound)
         log_z = top + np.log(weight)
         answer[0, b, at] = np.nextafter(np.float32(bound), np.float32(np.inf))
-        answer[1, b, at], answer[2, b, at], answer[3, b, at] = size, log_z, spread
-        answer[5, b, at] = missed
+        answer[1, b, at], answer[2, b, at] = size, missed
+        hints[LOG_Z, b, at], hints[SPREAD, b, at] = log_z, spread
+        if attempt == 0:
+            theta, margin = feed_back(facts[g], bound, tau, missed)
+            hints[THETA, b, at], hints[MARGIN, b, at] = theta, margin
+            hints[REST, b, at] = next_rest(step, facts[g], log_z)
         if attempt == step.repairs:
             continue
         if step.kind != STATISTICAL:

@@ -68,6 +68,20 @@ def scale_sums(sums, factor):
 
 
 @compiled
+def correct_means(step, head, tile, n):
+    """Subtract kappa (`reference_sums.mean_correction`) from the scores that become weights."""
+    if step.kind == ESTIMATE and step.softcap == 0:
+        for g in range(len(head.facts)):
+            _correct_mean(head.facts[g, NORM2] ** 2 / 6.0, tile, g, n)
+
+
+@fast
+def _correct_mean(half_norm, tile, g, n):
+    for r in range(n):
+        tile.score[g, r] -= half_norm * tile.half[g, r] ** 2
+
+
+@compiled
 def weigh(tile, n, top, sums, classes, out):
     """Weights relative to the largest score so far, to which earlier sums are brought."""
     for g in range(len(top)):
@@ -100,7 +114,7 @@ def add_errors(cache, step, head, tile, n, sums):
         if step.sampled:
             _add_sampled(tile, g, n, sums)
         if step.kind == ESTIMATE:
-            _add_estimate(head.facts, tile, g, n, sums)
+            _add_estimate(step.softcap == 0, head.facts, tile, g, n, sums)
         else:
             _add_certain(step, head.facts, tile, g, n, sums)
 
@@ -117,7 +131,7 @@ def _add_sampled(tile, g, n, sums):
 
 
 @fast
-def _add_estimate(facts, tile, g, n, sums):
+def _add_estimate(corrected, facts, tile, g, n, sums):
     key, value, skipped, second = 0.0, 0.0, 0.0, 0.0
     rho, norm = facts[g, SPREAD], facts[g, NORM2] ** 2 / 3.0
     for r in range(n):
@@ -126,7 +140,7 @@ def _add_estimate(facts, tile, g, n, sums):
         key += (weight * reach) ** 2 * expm1(variance)
         value += (weight * tile.value_error[r]) ** 2
         skipped += weight * tile.skipped[r]
-        second += weight * variance * reach
+        second += weight * (variance**2 / 20.0 if corrected else variance) * reach
     sums[g, KEY_SQUARE] += key
     sums[g, VALUE_SQUARE] += value / 3.0
     sums[g, SKIPPED] += skipped

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from alignedkv.kernels.arrays import HEAD_HINTS
 from alignedkv.kernels.cpu.compiled import compiled
 
 #: Tokens that are scored, planned and added together.
@@ -13,9 +14,10 @@ TILE = 64
 #: Bound kinds as numbers.
 ESTIMATE, DETERMINISTIC, STATISTICAL = 0, 1, 2
 
-# Columns of a head's facts [G, FACTS], fixed for a pass.
-LOG_Z, SPREAD, THETA, NORM1, NORM2, BASE, SHIFT, SCORE_ERROR, REFINED_ERROR = range(9)
-FACTS = 9
+# Columns of a head's facts [G, FACTS], fixed for a pass: first the hints, as HEAD_HINTS has them.
+LOG_Z, REST, SPREAD, THETA, MARGIN = range(len(HEAD_HINTS))
+NORM1, NORM2, BASE, SHIFT, SCORE_ERROR, REFINED_ERROR, NEAR, OFFSET = range(5, 13)
+FACTS = 13
 
 # Columns of a split's sums [G, SUMS]: first those linear in the weights, then the squares, then
 # maxima of terms linear in the weights, then maxima without a weight.
@@ -153,6 +155,12 @@ def new_tile(group, channels):
         np.zeros((TILE, channels), np.float32), np.zeros((group, TILE), np.float32),
         np.zeros((group, channels), np.float32),
     )  # fmt: skip
+
+
+@compiled
+def key_scale_of(scales):
+    """g of a key from its token's two scales."""
+    return np.float64(np.uint32((np.int64(scales) & 0xFFFF) << 16).view(np.float32))
 
 
 @compiled
