@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignedkv.errors import LaunchError, SpecError
+from alignedkv.errors import LaunchError
 from alignedkv.kernels import numba_cuda
 from alignedkv.kernels.arrays import DecodeResult, HeadState
-from numba_cuda_checks import NAMES, check_error, check_step, probed
+from numba_cuda_checks import check_error, check_step, probed
 from problems import RECIPES, Problem, make, recipe
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,8 @@ def test_in_the_simulator() -> None:
     """Numba is told to simulate before it is imported: in a process of its own."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-         "tests/kernels/simulated_numba_cuda.py"],
+         "tests/kernels/simulated_numba_cuda.py",
+         "tests/kernels/simulated_numba_cuda_hints.py"],
         cwd=ROOT,
         env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
         capture_output=True,
@@ -37,12 +38,6 @@ def test_in_the_simulator() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout
     assert " skipped" not in run.stdout
-
-
-def test_a_statistical_bound_is_refused() -> None:
-    spec = make(RECIPES["statistical"]).spec
-    with pytest.raises(SpecError, match="reference and cpu"):
-        numba_cuda.emit(spec, threads=128)
 
 
 @pytest.mark.skipif(numba_cuda.SIMULATED, reason="the simulator takes NumPy arrays")
@@ -55,7 +50,11 @@ def test_arrays_that_are_not_on_a_gpu_are_refused() -> None:
 @pytest.mark.skipif(numba_cuda.SIMULATED, reason="the simulator compiles nothing")
 @pytest.mark.parametrize(
     ("name", "capability", "parts"),
-    [("everything", (8, 0), ("prepare", "split", "finish")), ("deterministic", (9, 0), ("split",))],
+    [
+        ("everything", (8, 0), ("prepare", "split", "finish")),
+        ("deterministic", (9, 0), ("split",)),
+        ("statistical", (9, 0), ("prepare", "split", "finish")),
+    ],
 )
 def test_kernels_compile_to_ptx_without_a_driver(
     monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], parts: tuple[str, ...]
@@ -122,7 +121,7 @@ def run_on_device(p: Problem, state: HeadState, **options: Any) -> DecodeResult:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_step_on_a_gpu_is_the_reference_s(name: str) -> None:
     problem = make(RECIPES[name])
     state = probed(problem)

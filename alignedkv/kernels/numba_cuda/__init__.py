@@ -15,21 +15,38 @@ by `reference`, `cpu` or `launch`.
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 from numba import cuda
 
 from alignedkv.errors import LaunchError
-from alignedkv.kernels.arrays import Array, CacheArrays, DecodeResult, HeadState, StepArguments
-from alignedkv.kernels.numba_cuda.columns import FACTS, Answer, Asked, Step, Stored, Work
+from alignedkv.kernels.arrays import (
+    HEAD_HINTS,
+    Array,
+    CacheArrays,
+    DecodeResult,
+    HeadState,
+    StepArguments,
+)
+from alignedkv.kernels.numba_cuda.columns import (
+    CLASS_SUMS,
+    FACTS,
+    Answer,
+    Asked,
+    Step,
+    Stored,
+    Work,
+)
 from alignedkv.kernels.numba_cuda.emit import compiled, emit
 from alignedkv.kernels.numba_cuda.sums import count_sums
 from alignedkv.kernels.reference import coarse, started, unknown_state
 from alignedkv.kernels.sampling import SAMPLING_FACTOR
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import capacity_of, check_query
+from alignedkv.policy import BoundKind
 
 __all__ = ["decode", "emit", "launch_arguments", "probe"]
 
@@ -70,8 +87,6 @@ def decode(
     ------
     LaunchError
         If an array does not fit the cache, or is not on a GPU.
-    SpecError
-        If the bound is statistical.
     """
     kernels = compiled(spec, threads=THREADS)
     if splits is None:
@@ -93,9 +108,7 @@ def decode(
         missed=answer.missed.reshape(shape),
         reads=answer.reads.reshape((shape[0], cached.kv_heads, 2, spec.stored_planes)),
         state=HeadState(
-            log_z=answer.log_z.reshape(shape),
-            spread=answer.spread.reshape(shape),
-            theta=answer.theta.reshape(shape),
+            **{name: getattr(answer, name).reshape(shape) for name in HEAD_HINTS},
             step=answer.step,
         ),
     )
@@ -115,15 +128,10 @@ def probe(
     It comes back through the host, once a prefill.
     """
     nothing = unknown_state(*query.shape[:2])
-    unknown = HeadState(
-        log_z=_put(nothing.log_z),
-        spread=_put(nothing.spread),
-        theta=_put(nothing.theta),
-        step=_put(nothing.step),
-    )
+    unknown = _each(nothing, _put)
     found = decode(spec, cache, query, unknown, coarse(arguments), sinks=sinks)
-    state = started(replace(found, size=_get(found.size)), arguments.tolerance * start_theta)
-    return replace(state, theta=_put(state.theta), step=_put(state.step))
+    on_host = replace(found, size=_get(found.size), state=_each(found.state, _get))
+    return _each(started(on_host, arguments.tolerance * start_theta), _put)
 
 
 def launch_arguments(
@@ -185,25 +193,24 @@ def launch_arguments(
     )
     asked = Asked(
         query=seen_query,
-        log_z=of_heads("log_z"),
-        spread=of_heads("spread"),
-        theta=of_heads("theta"),
+        **{name: of_heads(name) for name in HEAD_HINTS},
         step=_seen("state.step", state.step),
         sinks=signs if sinks is None else _seen("sinks", sinks),
     )
+    settled = spec.bound is BoundKind.STATISTICAL
     share = arguments.skip_share * (SAMPLING_FACTOR if spec.sample_values else 1.0)
     step = Step(
         scaling=float(arguments.scaling),
         tolerance=float(arguments.tolerance),
         deviations=float(arguments.deviations),
         share=float(share),
-        margin=float(arguments.plan_margin),
+        margin=float(arguments.deviations if settled else arguments.plan_margin),
         softcap=float(arguments.softcap),
         window=int(arguments.window),
         seed=int(arguments.seed) & 0xFFFFFFFF,
         repairs=int(arguments.repairs),
     )
-    heads = (places, group)
+    heads, classes = (places, group), spec.dither_rows if settled else 1
     work = Work(
         queries=_new((*heads, spec.channels), "float32"),
         products=_new((*heads, spec.dither_rows), "float64"),
@@ -211,6 +218,7 @@ def launch_arguments(
         wanted=_new((arguments.repairs + 2, *heads), "uint8"),
         tops=_new((places, splits, group), "float64"),
         sums=_new((places, splits, group, count_sums(spec)), "float64"),
+        classes=_new((places, splits, group, CLASS_SUMS, classes), "float64"),
         outputs=_new((places, splits, group, spec.channels), "float64"),
     )
     query_dtype = "uint16" if spec.query_dtype == "bfloat16" else spec.query_dtype
@@ -220,9 +228,7 @@ def launch_arguments(
         size=_new(heads, "float32"),
         missed=_new(heads, "uint8"),
         reads=_new((places, 2, spec.stored_planes), "uint32"),
-        log_z=_new(heads, "float32"),
-        spread=_new(heads, "float32"),
-        theta=_new(heads, "float32"),
+        **{name: _new(heads, "float32") for name in HEAD_HINTS},
         step=_new((1,), "uint32"),
     )
     return stored, asked, step, work, answer
@@ -261,3 +267,8 @@ def _put(array: Array) -> Array:
 
 def _get(array: Array) -> Array:
     return array if SIMULATED else array.copy_to_host()
+
+
+def _each(state: HeadState, change: Callable[[Array], Array]) -> HeadState:
+    """A state whose arrays have been put or got."""
+    return HeadState(**{f.name: change(getattr(state, f.name)) for f in fields(state)})

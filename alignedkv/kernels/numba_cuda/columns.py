@@ -9,19 +9,23 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 # Columns of a query head's facts, fixed for a pass: lambda q.mean; the hints, log Z as scores are
-# counted (`plan`); lambda ||q'||_1 and lambda ||q'||_2; and b_t + e^a_t (theory.md, Lemma 3 and
-# (7.1)) over the key's row scale.
-BASE, LOG_Z, SPREAD, THETA, NORM1, NORM2, SHIFT = range(7)
-FACTS = 7
+# counted (`plan`); lambda ||q'||_1 and lambda ||q'||_2; b_t + e^a_t (theory.md, Lemma 3 and (7.1))
+# over the key's row scale; and `reference_hints.Near`, counted like scores.
+BASE, LOG_Z, SPREAD, THETA, NORM1, NORM2, SHIFT, NEAR, OFFSET = range(9)
+FACTS = 9
 
-# Columns of a split's sums: first those linear in the weights, then squares, then maxima.
-WEIGHT, REACH = range(2)
+# Columns of a split's sums; those of one bound share numbers with those of another.
+WEIGHT, REACH, SKIPPED, SAMPLED_SQUARE, SAMPLED_LARGEST = range(5)
 # ... of an estimate
-SKIPPED, SECOND, KEY_SQUARE, VALUE_SQUARE, SAMPLED_SQUARE, SAMPLED_LARGEST = range(2, 8)
-ESTIMATE_SUMS, FIRST_SQUARE, AFTER_SQUARES = 8, 4, 7
-# ... of a deterministic bound: all linear
-VALUE_ERROR, ERROR, ERROR_SIZE, SMALLEST = range(2, 6)
-DETERMINISTIC_SUMS = 6
+SECOND, KEY_SQUARE, VALUE_SQUARE = range(5, 8)
+# ... of a deterministic bound, and of a statistical one, which is the smaller of two
+VALUE_ERROR, ERROR, ERROR_SIZE, SMALLEST = range(5, 9)
+# ... of a statistical bound alone
+LIKELY, SHIFTED, SHIFTED_SIZE, VALUE_BASE, SIZE, LARGEST_SHIFT = range(9, 15)
+
+# Rows of a split's class sums [CLASS_SUMS, P] under a statistical bound, linear in the weights.
+LINEAR_ONE, LINEAR_SIZE, SQUARE_ONE, SQUARE_SIZE, VALUE = range(5)
+CLASS_SUMS = 5
 
 
 class Stored(NamedTuple):
@@ -51,8 +55,10 @@ class Asked(NamedTuple):
 
     query: Any  # query_dtype [B Hkv, G, D]
     log_z: Any  # float32 [B Hkv, G]
+    rest: Any
     spread: Any
     theta: Any
+    margin: Any
     step: Any  # uint32 [1]
     sinks: Any  # float32 [H]; of no meaning without sinks
 
@@ -64,7 +70,7 @@ class Step(NamedTuple):
     tolerance: float
     deviations: float
     share: float  # chi, times SAMPLING_FACTOR where rows are sampled
-    margin: float
+    margin: float  # deviations that a planned weight is raised by; z under the settled rule
     softcap: float
     window: int
     seed: int  # modulo 2^32
@@ -80,6 +86,7 @@ class Work(NamedTuple):
     wanted: Any  # uint8 [repairs + 2, B Hkv, G]: 1 where a pass has to run
     tops: Any  # float64 [B Hkv, S, G]: largest score of a split
     sums: Any  # float64 [B Hkv, S, G, SUMS]
+    classes: Any  # float64 [B Hkv, S, G, CLASS_SUMS, P]; of no meaning but for a statistical bound
     outputs: Any  # float64 [B Hkv, S, G, C]
 
 
@@ -92,6 +99,8 @@ class Answer(NamedTuple):
     missed: Any  # uint8 [B Hkv, G]
     reads: Any  # uint32 [B Hkv, 2, N]
     log_z: Any  # float32 [B Hkv, G]
+    rest: Any
     spread: Any
     theta: Any
+    margin: Any
     step: Any  # uint32 [1]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 from numba import cuda
 
-from alignedkv.errors import SpecError
 from alignedkv.kernels import arithmetic
 from alignedkv.kernels.numba_cuda.finish import finish_kernel
 from alignedkv.kernels.numba_cuda.prepare import prepare_kernel
 from alignedkv.kernels.numba_cuda.split import split_kernel
 from alignedkv.kernels.spec import DecodeSpec
-from alignedkv.policy import BoundKind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,17 +34,8 @@ def emit(spec: DecodeSpec, *, threads: int) -> Kernels:
     spec : DecodeSpec
     threads : int
         Threads of a block, a power of two: the tokens of a tile.
-
-    Raises
-    ------
-    SpecError
-        If the bound is statistical: its class sums take more shared memory than a block has.
     """
-    if spec.bound is BoundKind.STATISTICAL:
-        raise SpecError(
-            "the Numba CUDA kernels have no statistical bound: take 'estimate' or "
-            "'deterministic', or one of the implementations that have it, reference and cpu"
-        )
+    _load_numba_cuda()
     model = arithmetic.numba_cuda(tile=threads)
     return Kernels(
         prepare=prepare_kernel(spec, threads, model),
@@ -62,3 +53,21 @@ def compiled(spec: DecodeSpec, *, threads: int) -> Kernels:
         split=cuda.jit(plain.split),
         finish=cuda.jit(plain.finish),
     )
+
+
+def _load_numba_cuda() -> None:
+    """Import what numba-cuda itself imports late, while it can.
+
+    Up to 0.30 it registers `numpy.row_stack`, the old name of `numpy.vstack`, with its compiler at
+    the first compilation; NumPy 2.5 no longer has the name, so it is lent for the import.
+    """
+    lent = "row_stack"
+    if hasattr(np, lent):
+        return
+    setattr(np, lent, np.vstack)
+    try:
+        importlib.import_module("numba.cuda.np.arrayobj")
+    except ModuleNotFoundError:  # the simulator, and the numba.cuda that comes with Numba
+        pass
+    finally:
+        delattr(np, lent)

@@ -63,13 +63,17 @@ def score_functions(spec: DecodeSpec) -> tuple[Any, Any, Any]:
         combine(scale, own, products, facts, cap, dots, score)
 
     @device
-    def refine(cache, address, count, scale, own, queries, products, facts, cap, dots, score):
-        second(cache.key_planes[1], address, queries, dots)
+    def refine(
+        cache, address, begin, end, scale, own, queries, products, facts, cap, dots, score
+    ):  # fmt: skip
+        """Scores with planes ``begin`` to ``end`` as well, counted from 0 like arrays."""
+        if begin == 1:
+            second(cache.key_planes[1], address, queries, dots)
         if stored > 2:  # noqa: SIM102 - Numba prunes what is constant alone
-            if count > 2:
+            if begin <= 2 < end:
                 third(cache.key_planes[2], address, queries, dots)
         if stored > 3:  # noqa: SIM102
-            if count > 3:
+            if begin <= 3 < end:
                 fourth(cache.key_planes[3], address, queries, dots)
         combine(scale, own, products, facts, cap, dots, score)
 
@@ -89,8 +93,14 @@ def score_functions(spec: DecodeSpec) -> tuple[Any, Any, Any]:
     return score_first, refine, score_exact
 
 
-def plan_functions(spec: DecodeSpec) -> tuple[Any, Any, Any]:
-    """``plan_keys``, ``value_share`` and ``plan_values`` of one token."""
+def plan_functions(spec: DecodeSpec, refine: Any) -> tuple[Any, Any, Any]:
+    """``read_keys``, ``value_share`` and ``plan_values`` of one token.
+
+    Parameters
+    ----------
+    refine : device function
+        From `score_functions`.
+    """
     group, stored, gains = spec.group, spec.stored_planes, gains_of(spec)
     deterministic = spec.bound is BoundKind.DETERMINISTIC
 
@@ -110,17 +120,30 @@ def plan_functions(spec: DecodeSpec) -> tuple[Any, Any, Any]:
         return math.exp(at_most_zero(score[g] + deviation - facts[g, LOG_Z]))
 
     @device
-    def plan_keys(score, facts, half, size, margin):
-        """Rule (6.2) for the key, from the first plane's scores: planes for the whole group."""
-        planes = 1
+    def read_keys(
+        cache, address, key_scale, size, own, queries, products, facts, step, dots, score, halves,
+        finest,
+    ):  # fmt: skip
+        """Rule (6.2): planes read, from the first plane's scores, and the scores that they give.
+
+        All heads use what is read: ``finest``, of the settled rule, is of no meaning here.
+        """
+        half, planes = 0.5 * key_scale, 1
         for g in range(group):
             if deterministic:
                 error = facts[g, NORM1] * half
             else:
                 error = facts[g, NORM2] * half / _ROOT_3
-            weight = likely_weight(score, facts, g, half, margin)
+            weight = likely_weight(score, facts, g, half, step.margin)
             addend = weight * error * (size + facts[g, SPREAD])
             planes = max(planes, planes_for(addend, facts[g, THETA]))
+        if planes > 1:
+            refine(
+                cache, address, 1, planes, key_scale, own, queries, products, facts, step.softcap,
+                dots, score,
+            )  # fmt: skip
+        for g in range(group):
+            halves[g] = half_step(key_scale, gains, planes)
         return planes
 
     @device
@@ -136,16 +159,16 @@ def plan_functions(spec: DecodeSpec) -> tuple[Any, Any, Any]:
         return largest
 
     @device
-    def plan_values(score, facts, half, scale, margin):
+    def plan_values(score, facts, halves, scale, margin):
         """Planes of a value row that is wanted, from the refined scores."""
         error = 0.5 * scale if deterministic else 0.5 * scale / _ROOT_3
         planes = 1
         for g in range(group):
-            weight = likely_weight(score, facts, g, half, margin)
+            weight = likely_weight(score, facts, g, halves[g], margin)
             planes = max(planes, planes_for(weight * error, facts[g, THETA]))
         return planes
 
-    return plan_keys, value_share, plan_values
+    return read_keys, value_share, plan_values
 
 
 @device

@@ -1,7 +1,8 @@
 """Before the splits: q', its norms, its products with the dither, and the hints.
 
 One block a query head.  Everything is float64, and q' is rounded to float32 once; the products use
-the rounded q', as the splits do.
+the rounded q', as the splits do.  Under a statistical bound log Z is expected to be what it was: a
+hint from this step's near rows would depend on their dither (theory.md 5.3).
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from alignedkv.kernels.arithmetic import Arithmetic
 from alignedkv.kernels.numba_cuda.columns import (
     BASE,
     LOG_Z,
+    NEAR,
     NORM1,
     NORM2,
+    OFFSET,
     SHIFT,
     SPREAD,
     THETA,
 )
-from alignedkv.kernels.numba_cuda.maths import is_finite
+from alignedkv.kernels.numba_cuda.hints import near_function, told_rest
+from alignedkv.kernels.numba_cuda.maths import is_finite, log_add
 from alignedkv.kernels.numba_cuda.rows import loader
 from alignedkv.kernels.reference_plan import ENCODER_BUTTERFLY, ENCODER_DIGITS
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.planes import DITHER_FRACTION_BITS
+from alignedkv.policy import NEAR_SPREAD, BoundKind
 from alignedkv.transform import hadamard_block
 
 
@@ -41,6 +46,8 @@ def prepare_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> An
     butterfly_error = ENCODER_BUTTERFLY * (math.log2(block) + 1.0) * math.sqrt(channels) * unit
     digits_error = (2.0 ** -(DITHER_FRACTION_BITS + 1) + ENCODER_DIGITS) * unit
     arithmetic_error = arithmetic.score_norm1
+    settled = spec.bound is BoundKind.STATISTICAL
+    look_near = near_function(spec, threads)
 
     def prepare(cache, asked, step, work, answer):
         place, g, lane = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
@@ -76,7 +83,7 @@ def prepare_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> An
             spread = np.float64(asked.spread[place, g])
             theta = np.float64(asked.theta[place, g])
             # What is not a number says nothing, and then everything is read.
-            facts[LOG_Z] = log_z - (0.0 if softcap else base) if log_z == log_z else -np.inf
+            facts[LOG_Z] = log_z - base if log_z == log_z else -np.inf
             facts[SPREAD] = spread if is_finite(spread) else 0.0
             facts[THETA] = theta if theta == theta else 0.0
             for attempt in range(step.repairs + 2):
@@ -99,5 +106,21 @@ def prepare_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> An
             for i in range(channels):
                 product += turned[i] * np.float64(cache.dither[0, own, i])
             work.products[place, g, own] = product * dither_unit
+
+        if not settled:
+            cuda.syncthreads()
+            mine = slice(g, g + 1)
+            facts = work.facts[place, mine]
+            near, square = look_near(
+                cache, place, step, work.queries[place, mine], work.products[place, mine], facts
+            )
+            if lane == 0:
+                if softcap:
+                    offset = step.softcap * math.tanh(facts[0, BASE] / step.softcap)
+                else:
+                    offset = NEAR_SPREAD * facts[0, NORM2] * facts[0, NORM2] * square
+                expected = log_add(near, told_rest(asked.rest[place, g]) + offset)
+                facts[0, NEAR], facts[0, OFFSET] = near, offset
+                facts[0, LOG_Z] = expected if expected == expected else -np.inf
 
     return prepare

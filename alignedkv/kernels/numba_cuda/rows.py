@@ -97,6 +97,17 @@ def class_function(rows: int) -> Any:
     return class_of
 
 
+def member_function(rows: int) -> Any:
+    """The token of a class in a block of P tokens: the other way round."""
+
+    @device
+    def member_of(block, own):
+        mixed = (block * _CLASS_SPREAD) & 0xFFFFFFFF
+        return block * rows + (own ^ ((mixed >> 16) & (rows - 1)))
+
+    return member_of
+
+
 @device
 def token_range(cache, place, window):
     """First attended token of a place, and the one after the last."""

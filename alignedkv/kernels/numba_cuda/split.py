@@ -17,6 +17,7 @@ from numba import cuda
 
 from alignedkv.kernels.arithmetic import Arithmetic
 from alignedkv.kernels.numba_cuda.block import larger, reduce_function
+from alignedkv.kernels.numba_cuda.columns import CLASS_SUMS
 from alignedkv.kernels.numba_cuda.plan import (
     chance_of,
     gains_of,
@@ -34,9 +35,16 @@ from alignedkv.kernels.numba_cuda.rows import (
     stream_key,
     token_range,
 )
-from alignedkv.kernels.numba_cuda.sums import add_function, combine_functions, count_sums
+from alignedkv.kernels.numba_cuda.settled import class_functions, settled_function
+from alignedkv.kernels.numba_cuda.sums import (
+    add_function,
+    combine_functions,
+    correction_function,
+    count_sums,
+)
 from alignedkv.kernels.sampling import DRAW_BITS
 from alignedkv.kernels.spec import DecodeSpec
+from alignedkv.policy import BoundKind
 
 #: In place of a count of value planes: the row is kept exact.
 _EXACT = -1
@@ -52,9 +60,13 @@ def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
     half_range, gains, columns = spec.layout.half_range, gains_of(spec), count_sums(spec)
     scratch_rows, own_channels = max(group, columns), -(-channels // threads)
     row_of, class_of = address_function(spec.page_tokens), class_function(spec.dither_rows)
+    settled, classes = spec.bound is BoundKind.STATISTICAL, spec.dither_rows
     score_first, refine, score_exact = score_functions(spec)
-    plan_keys, value_share, plan_values = plan_functions(spec)
-    add_token = add_function(spec, arithmetic.weight)
+    read_keys, value_share, plan_values = plan_functions(spec, refine)
+    if settled:
+        read_keys = settled_function(spec, refine)
+    correction_of, add_token = correction_function(spec), add_function(spec, arithmetic.weight)
+    class_terms, gather = class_functions(spec, arithmetic.weight)
     rescaled, combined = combine_functions(spec)
     largest_scores = reduce_function(group, threads, larger)
     whole_sums = reduce_function(columns, threads, combined)
@@ -76,6 +88,9 @@ def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
         owns = cuda.shared.array(threads, np.int32)  # dither classes
         dots = cuda.local.array(group, np.float64)
         score = cuda.local.array(group, np.float64)
+        halves = cuda.local.array(group, np.float64)  # of the keys, as each head uses them
+        finest = cuda.local.array(group, np.float64)  # scores from all planes that were read
+        factors = cuda.local.array(group, np.float64)
         top = cuda.local.array(group, np.float64)
         sums = cuda.local.array((group, columns), np.float64)
         output = cuda.local.array((group, own_channels), np.float64)
@@ -90,6 +105,10 @@ def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
                 sums[g, k] = 0.0
             for u in range(own_channels):
                 output[g, u] = 0.0
+            if settled:
+                for own in range(lane, classes, threads):
+                    for k in range(CLASS_SUMS):
+                        work.classes[place, part, g, k, own] = 0.0
         for n in range(stored):
             reads[0, n] = reads[1, n] = 0
         facts, products = work.facts[place], work.products[place]
@@ -104,9 +123,11 @@ def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
             # A thread is a token.
             t = first + lane
             inside = t < end
-            key_scale = value_scale = half = value_half = skipped = live = 0.0
+            key_scale = value_scale = finest_half = value_half = skipped = live = 0.0
             chance = 1.0
             planes[lane] = 0
+            for g in range(group):
+                halves[g] = 0.0
             if inside:
                 address = row_of(cache, place, t)
                 own = class_of(t)
@@ -131,16 +152,14 @@ def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
                         cache, address, key_scale, own, queries, products, facts, step.softcap,
                         dots, score,
                     )  # fmt: skip
-                    half = 0.5 * key_scale
-                    key_planes = plan_keys(score, facts, half, size, step.margin)
-                    share = value_share(score, facts, half, size, step.margin, step.share)
-                    if key_planes > 1:
-                        refine(
-                            cache, address, key_planes, key_scale, own, queries, products, facts,
-                            step.softcap, dots, score,
-                        )  # fmt: skip
-                        half = half_step(key_scale, gains, key_planes)
-                    value_planes = plan_values(score, facts, half, value_scale, step.margin)
+                    finest_half = 0.5 * key_scale
+                    share = value_share(score, facts, finest_half, size, step.margin, step.share)
+                    key_planes = read_keys(
+                        cache, address, key_scale, size, own, queries, products, facts, step, dots,
+                        score, halves, finest,
+                    )  # fmt: skip
+                    finest_half = half_step(key_scale, gains, key_planes)
+                    value_planes = plan_values(score, facts, halves, value_scale, step.margin)
                     if sampled:
                         if share < 1.0:
                             chance = chance_of(share)
@@ -162,26 +181,40 @@ def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
                         reads[1, n] += 1
 
             for g in range(group):
+                if live == 0.0:
+                    finest[g] = score[g]
+                score[g] -= correction_of(facts, g, halves[g])[0]
                 scratch[g, lane] = score[g] if inside else -np.inf
             largest_scores(scratch)
             for g in range(group):
-                highest = scratch[g, 0]
+                highest, factors[g] = scratch[g, 0], 1.0
                 if highest > top[g]:
-                    factor = math.exp(top[g] - highest)
+                    factors[g] = math.exp(top[g] - highest)
                     for k in range(columns):
-                        sums[g, k] = rescaled(k, sums[g, k], factor)
+                        sums[g, k] = rescaled(k, sums[g, k], factors[g])
                     for u in range(own_channels):
-                        output[g, u] *= factor
+                        output[g, u] *= factors[g]
                     top[g] = highest
                 coefficients[g, lane] = 0.0
                 if inside:
                     weight = math.exp(score[g] - top[g])
                     add_token(
-                        sums, facts, g, weight, key_scale, half, value_scale, value_half, skipped,
-                        live, chance,
+                        sums, facts, g, weight, key_scale, halves[g], value_scale, value_half,
+                        skipped, live, chance,
                     )  # fmt: skip
                     unit = value_scale if live > 0.0 else 1.0
                     coefficients[g, lane] = np.float32(weight / chance * unit * _GUARD)
+            if settled:
+                for g in range(group):
+                    cuda.syncthreads()
+                    if inside:
+                        class_terms(
+                            sums, facts, g, score[g], top[g], key_scale, halves[g], finest[g],
+                            finest_half, value_scale, value_half, live, step.deviations, scratch,
+                        )  # fmt: skip
+                    cuda.syncthreads()
+                    last = min(first + threads, end)
+                    gather(work.classes[place, part, g], scratch, factors[g], first, last)
             cuda.syncthreads()
 
             # A thread is a channel, or several.
