@@ -48,7 +48,9 @@ from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import capacity_of, check_query
 from alignedkv.policy import BoundKind
 
-__all__ = ["decode", "emit", "launch_arguments", "probe"]
+__all__ = ["decode", "emit", "launch", "launch_arguments", "probe"]
+
+Prepared = tuple[Stored, Asked, Step, Work, Answer]
 
 #: Whether Numba simulates: it reads the variable once, when it is imported.
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"
@@ -88,18 +90,9 @@ def decode(
     LaunchError
         If an array does not fit the cache, or is not on a GPU.
     """
-    kernels = compiled(spec, threads=THREADS)
-    if splits is None:
-        splits = _splits(spec, cache)
-    cached, asked, step, work, answer = launch_arguments(
-        spec, cache, query, state, arguments, sinks=sinks, splits=splits
-    )
-    places, group = cached.key_mean.shape[0], spec.group
-    heads, parts = (places, group), (places, splits)
-    kernels.prepare[heads, THREADS, stream](cached, asked, step, work, answer)
-    for attempt in range(arguments.repairs + 1):
-        kernels.split[parts, THREADS, stream](cached, asked, step, work, answer, attempt)
-        kernels.finish[heads, THREADS, stream](cached, asked, step, work, answer, attempt)
+    prepared = launch_arguments(spec, cache, query, state, arguments, sinks=sinks, splits=splits)
+    launch(spec, prepared, stream=stream)
+    cached, *_, answer = prepared
     shape = tuple(query.shape[:2])
     return DecodeResult(
         output=answer.output.reshape(tuple(query.shape)),
@@ -112,6 +105,24 @@ def decode(
             step=answer.step,
         ),
     )
+
+
+def launch(spec: DecodeSpec, prepared: Prepared, *, stream: Any = 0) -> None:
+    """Queue the kernels of a step; nothing is allocated, so that a CUDA graph can capture it.
+
+    Parameters
+    ----------
+    prepared : tuple
+        From `launch_arguments`; its last part is written.
+    stream : int or Numba stream
+    """
+    kernels = compiled(spec, threads=THREADS)
+    asked, step, work = prepared[1:4]
+    heads, parts = asked.query.shape[:2], work.tops.shape[:2]
+    kernels.prepare[heads, THREADS, stream](*prepared)
+    for attempt in range(step.repairs + 1):
+        kernels.split[parts, THREADS, stream](*prepared, attempt)
+        kernels.finish[heads, THREADS, stream](*prepared, attempt)
 
 
 def probe(
@@ -141,11 +152,13 @@ def launch_arguments(
     state: HeadState,
     arguments: StepArguments,
     *,
-    sinks: Array | None,
-    splits: int,
-) -> tuple[Stored, Asked, Step, Work, Answer]:
+    sinks: Array | None = None,
+    splits: int | None = None,
+) -> Prepared:
     """What the kernels of a step are called with; workspace and answer are allocated here."""
     check_query(spec, cache, query, state, sinks)
+    if splits is None:
+        splits = _splits(spec, cache)
     batch, kv_heads, head_dim = cache.key_mean.shape
     places, group = batch * kv_heads, spec.group
     signs, lengths = _seen("signs", cache.signs), _seen("lengths", cache.lengths)
