@@ -36,7 +36,7 @@ def check_error(problem: Problem, found: DecodeResult) -> None:
 def check_step(problem: Problem, state: HeadState, found: DecodeResult) -> None:
     """Compare a step (NumPy arrays) with exact attention and with the reference's step.
 
-    Where one bound misses and the other just does not, only one of them is repaired: leave repairs
+    Where ours misses and the reference's just does not, only one of them is repaired: leave repairs
     out, or none of the bounds near the tolerance.
     """
     p, spec = problem, problem.spec
@@ -56,14 +56,18 @@ def check_step(problem: Problem, state: HeadState, found: DecodeResult) -> None:
     model = arithmetic.numba_cuda(tile=numba_cuda.THREADS)
     largest = 2 * np.abs(p.values).max() * (1 + 2.0**-7) / 7.5
     sums = model.accumulation * arithmetic.REACH * largest
-    assert (found.bound <= (1 + 1 / share) * wanted.bound + sums).all()
-    np.testing.assert_array_equal(found.missed, wanted.missed)
+    most = (1 + 1 / share) * wanted.bound + sums
+    assert (found.bound <= most).all()
+    assert (found.missed >= wanted.missed).all()
+    clear = most <= p.arguments.tolerance * (wanted.size - most)
+    assert not found.missed[clear].any()
 
     np.testing.assert_allclose(found.state.log_z, wanted.state.log_z, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found.state.spread, wanted.state.spread, rtol=1e-4)
     np.testing.assert_allclose(found.size, wanted.size, rtol=1e-4)
     np.testing.assert_allclose(found.state.theta, wanted.state.theta, rtol=0.0625)
-    np.testing.assert_allclose(found.state.margin, wanted.state.margin, rtol=1e-6)
+    same = found.missed == wanted.missed
+    np.testing.assert_allclose(found.state.margin[same], wanted.state.margin[same], rtol=1e-6)
     _check_rest(p, found, wanted)
     assert found.state.step[0] == wanted.state.step[0]
 
