@@ -77,6 +77,12 @@ def near_of(problem: Problem) -> Near:
     return Near(log_sum=found[0], offset=found[1])
 
 
+def rest_of(problem: Problem, log_z: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The rest that a step which finds ``log_z`` leaves where nothing was known [B, H]."""
+    with np.errstate(all="ignore"):
+        return next_rest(np.full(log_z.shape, -np.inf), near_of(problem), log_z)
+
+
 def hinted(problem: Problem, *, theta: Any, log_z: Any = 0.0, spread: Any = 1.0) -> HeadState:
     """Hints with which a step plans for these, whatever its bound: numbers, or arrays [B, H].
 
@@ -84,11 +90,9 @@ def hinted(problem: Problem, *, theta: Any, log_z: Any = 0.0, spread: Any = 1.0)
     """
     shape = problem.query.shape[:2]
     log_z, spread, theta = (np.broadcast_to(np.float64(x), shape) for x in (log_z, spread, theta))
-    with np.errstate(all="ignore"):
-        rest = next_rest(np.full(shape, -np.inf), near_of(problem), log_z)
     return HeadState(
         log_z=log_z.astype(np.float32),
-        rest=rest.astype(np.float32),
+        rest=rest_of(problem, log_z).astype(np.float32),
         spread=spread.astype(np.float32),
         theta=theta.astype(np.float32),
         margin=np.full(shape, START_MARGIN, np.float32),

@@ -153,7 +153,7 @@ def test_feedback_settles_at_the_tolerance(implementation: ModuleType) -> None:
     problem = make(recipe(shape={"batch": 1, "tokens": 500}))
     found = solve(implementation, problem, steps=8)[-1]
     used = found.bound / (problem.arguments.tolerance * found.size)
-    # FEEDBACK_MARGIN_BITS below; within a plane's width of it.
+    # START_MARGIN below, less what eight steps took from it; within a plane's width of it.
     assert not found.missed.any()
     assert (used > 2.0**-2.6).all()
 
