@@ -29,7 +29,7 @@ def cost_us(config: DecodeConfig) -> float:
         + 8.0 * math.log2(residency) ** 2
         + 1.5 * abs(config.key_stages - 2)
         + 2.0 * (config.waves - 1)
-        + (0.0 if config.eager_values == (config.key_stages > 1) else 1.0)
+        + (0.0 if config.strided_tiles == (config.key_stages > 1) else 1.0)
         + (0.0 if config.strided_tiles else 1.5)
         + 0.1 * CHOICES["warps"].index(config.warps)
     )

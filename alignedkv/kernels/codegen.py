@@ -13,6 +13,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
+
 from alignedkv import policy
 from alignedkv.errors import CodegenError
 from alignedkv.kernels.config import KERNEL_TUNABLES, DecodeConfig
@@ -165,7 +167,7 @@ def _literal(value: object) -> tuple[str, str]:
     if isinstance(value, int):
         return "int", str(value)
     if isinstance(value, float):
-        return "float", f"{value.hex()}f"
+        return "float", f"{float(np.float32(value)).hex()}f"
     if isinstance(value, BoundKind):
         return "Bound", f"Bound::{value.name.capitalize()}"
     if value in FLOAT_NAMES:

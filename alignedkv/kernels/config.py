@@ -44,8 +44,6 @@ class DecodeConfig:
         Blocks that shall fit on an SM together: bounds the registers of a thread.
     key_stages : int
         Tiles of first key planes that a warp has room for, the one in use included.
-    eager_values : bool
-        The first tile's value rows are fetched before its scores are known.
     strided_tiles : bool
         Splits take tiles in turn, which balances heads with few important tokens; else each takes
         one run of neighbouring tiles.
@@ -55,10 +53,9 @@ class DecodeConfig:
         Warps, and so rows in flight, of a block of encode.cu and dequantise.cu.
     """
 
-    warps: int = _tunable(8, 4, 6, 8, 12, 16)
+    warps: int = _tunable(8, 4, 6, 7, 8, 12, 14, 16)
     blocks_per_sm: int = _tunable(2, 1, 2, 3, 4)
     key_stages: int = _tunable(1, 1, 2, 3)
-    eager_values: bool = _tunable(True, False, True)
     strided_tiles: bool = _tunable(True, False, True)
     waves: int = _tunable(1, 1, 2, 3, 4, in_kernel=False)
     encode_warps: int = _tunable(8, 4, 8, 16, of_step=False)

@@ -63,11 +63,13 @@ def _tile_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     """``sizeof(WarpTiles)``."""
     row = [row_bytes(spec.channels, width) for width in spec.layout.widths[: spec.stored_planes]]
     heads = padded_heads(spec)
-    planes = TILE * ((config.key_stages + 2) * row[0] + 2 * row[1])
+    keys = TILE * (row[1] + 4 * heads + 3 * 4 + 1)
+    values = TILE * (row[0] + row[1] + 4 * heads + 4 + 1)
     rare = RARE_ROWS * max(row[2:]) if row[2:] else 16
     scores, weights = TILE * heads * 4, 2 * heads * (TILE + 16) * 2 + heads * 4
-    scales, order = config.key_stages * TILE * 4, TILE
-    return _aligned(planes + rare + scores + weights + scales + order)
+    stages = config.key_stages * TILE * (row[0] + 4)
+    rows, order = 2 * TILE * 8, TILE
+    return _aligned(keys + values + rare + scores + weights + stages + rows + order)
 
 
 def _sums(spec: DecodeSpec) -> int:

@@ -38,7 +38,6 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"blocks_per_sm": 1},
     {"key_stages": 2},
     {"key_stages": 3, "warps": 4},
-    {"eager_values": True},
     {"strided_tiles": False},
     {"waves": 2},
 )

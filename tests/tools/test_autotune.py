@@ -258,12 +258,12 @@ def test_a_journal_resumes_and_is_of_one_problem(
     made_up_gpu: list[Candidate], tmp_path: Path
 ) -> None:
     command = ["--search", "grid", "--trials", "4", "--no-wisdom", "--out", str(tmp_path)]
-    command += ["--journal", str(tmp_path / "journal"), "--set", "waves=1", "eager_values=True"]
+    command += ["--journal", str(tmp_path / "journal"), "--set", "waves=1", "strided_tiles=True"]
     for _ in range(2):
         assert autotune.main(command) == 0
     first_time = [c.config for c in made_up_gpu if c.repeats == 10]
     assert len(set(first_time) - {made_up_sweep().default}) == 8
-    assert all(config.waves == 1 and config.eager_values for config in set(first_time[:4]))
+    assert all(config.waves == 1 and config.strided_tiles for config in set(first_time[:4]))
     assert autotune.main([*command, "--tokens", "4096"]) == 0
     assert len([c for c in made_up_gpu if c.repeats == 10]) > len(first_time)
 

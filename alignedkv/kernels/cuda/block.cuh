@@ -26,7 +26,7 @@ enum Constant {
 
 // Sums of a head over tokens, in the order of a Partial.
 constexpr int kTotal = 0;                                  // weights
-constexpr int kHalves = 1;                                 // weight, value scale, digit middles
+constexpr int kOffsets = 1;                                // weights times what digits stand for
 constexpr int kFirstBound = 2;                             // those of the bound ...
 constexpr int kSumCount = kFirstBound + Sums::kCount;
 
@@ -53,17 +53,39 @@ constexpr int rare_bytes() {
   return kRareRows * most;
 }
 
+// Tokens of any tiles that want more key planes than the first, until there are enough for a tile of
+// their own: slot i has row i of the second plane.
+struct alignas(16) KeyQueue {
+  u8 second[kTile * kPlaneRowBytes[1]];
+  float score[kTile][kHeads];  // log2, before the cap if there is one
+  u32 scales[kTile];
+  i32 token[kTile];
+  float chance[kTile];
+  u8 plan[kTile];  // key planes, and whether the value row is wanted (kWantsValue)
+};
+constexpr u8 kWantsValue = 0x80;
+
+// Tokens whose value rows are wanted and whose weights are final.  Rows without a second plane are 0
+// there.
+struct alignas(16) ValueQueue {
+  u8 first[kTile * kPlaneRowBytes[0]];
+  u8 second[kTile * kPlaneRowBytes[1]];
+  float weight[kTile][kHeads];  // times the value scale, over the chance
+  i32 token[kTile];
+  u8 planes[kTile];
+};
+
 struct alignas(16) WarpTiles {
   u8 key_first[kKeyStages][kTile * kPlaneRowBytes[0]];
-  u8 key_second[kTile * kPlaneRowBytes[1]];
-  u8 value_first[2][kTile * kPlaneRowBytes[0]];
-  u8 value_second[kTile * kPlaneRowBytes[1]];
+  KeyQueue keys;
+  ValueQueue values;
   u8 key_rare[rare_bytes() > 0 ? rare_bytes() : 16];
   float scores[kTile][kHeads];
   u16 weights[kHeads][kTile + 16];       // by weight_slot
   u16 fine_weights[kHeads][kTile + 16];  // what their rounding lost
   float fine_scales[kHeads];
   u32 scales[kKeyStages][kTile];
+  u64 rows[2][kTile];  // lists of rows to copy (copy_listed)
   u8 order[kTile];
 };
 

@@ -1,10 +1,7 @@
 // One decode step of attention over digit planes (theory.md 9), split over the tokens.
 //
-// Grid (splits, B Hkv).  A warp works alone on tiles of 32 tokens, a token a lane, in two stages:
-//   open   scores from the first key plane; the plan of the token; fetch what it asks for
-//   close  finer scores, weights, sums of the bound; the plan of the value planes; value products
-// and opens a tile between the weights and the value products of the one before, so that everything a
-// plan asks for is in flight while tensor cores work.  The last block of a head merges (merge.cuh).
+// Grid (splits, B Hkv).  A warp works alone on tiles of 32 tokens (worker.cuh).  The last block of a
+// head merges (merge.cuh).
 
 #include "arguments.cuh"
 #include "bounds.cuh"
@@ -18,6 +15,7 @@
 #include "worker.cuh"
 #include "open.cuh"
 #include "refine.cuh"
+#include "settle.cuh"
 #include "values.cuh"
 #include "leave.cuh"
 
@@ -98,9 +96,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
     for (int stage = 0; stage < kKeyStages; ++stage) {
       const int token = course.token + stage * course.step;
       if (token + kTile < range.end) {
-        const TileRows rows = TileRows::of(a.cache, worker.sequence, worker.head, token);
-        worker.fetch(range, token, rows, stage);
-        if (kEagerValues && stage == 0) worker.fetch_values(range, token, rows);
+        worker.fetch(range, token, stage);
         fetched[stage] = true;
       }
     }
@@ -127,9 +123,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   for (int stage = 0; stage < kKeyStages; ++stage) {
     const int token = course.token + stage * course.step;
     if (token < course.end && !fetched[stage]) {
-      const TileRows rows = TileRows::of(a.cache, worker.sequence, worker.head, token);
-      worker.fetch(range, token, rows, stage);
-      if (kEagerValues && stage == 0) worker.fetch_values(range, token, rows);
+      worker.fetch(range, token, stage);
     }
     commit_copies();
   }

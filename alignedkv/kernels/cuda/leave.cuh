@@ -67,8 +67,8 @@ __device__ __forceinline__ void Worker::leave_sums() {
     const int head_of = g < kGroup ? g : 0;
     const bool exists = g < kGroup;
     const float whole = exists ? warp_sum(total[head_of]) : 0.0f;
-    const float half = exists ? warp_sum(halves[head_of]) : 0.0f;
-    if (lane == 0) to[kTotal][g] = whole, to[kHalves][g] = half;
+    const float offset = exists ? warp_sum(offsets[head_of]) : 0.0f;
+    if (lane == 0) to[kTotal][g] = whole, to[kOffsets][g] = offset;
     unrolled<0, Sums::kCount>([&](auto i) {
       constexpr int kSum = decltype(i)::value;
       const float sum = exists ? warp_sum(sums.template at<kSum>(head_of)) : 0.0f;

@@ -200,8 +200,7 @@ __device__ __forceinline__ bool answer(
   float classes = 0;
   for (int s = lane; s < kDitherRows; s += 32) classes += whole.classes[s][g];
   classes = warp_sum(classes);
-  // The middle of first digits and the offset of words, for all rows; what finer digits change.
-  const float constant = whole.sums[kHalves][g] - kHalfRange * classes;
+  const float constant = whole.sums[kOffsets][g];
   float size = 0, spread = 0, largest_mean = 0;
   bool is_nan = false;
   for (int channel = lane; channel < kHeadDim; channel += 32) {

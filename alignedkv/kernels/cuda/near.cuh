@@ -52,7 +52,7 @@ struct NearRows {
     const u32 wanted = older >= kTile ? rows : older > 0 ? rows & ((1u << older) - 1) : 0;
     if (!wanted) return;
     const TileRows at = TileRows::of(cache, sequence, head, token);
-    copy_rows<Side::Key, 0, Absent::Left>(
+    copy_rows<Side::Key, 0>(
         shared_address(to.keys), cache.key_planes[0], at, wanted, lane);
   }
 

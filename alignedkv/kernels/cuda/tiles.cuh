@@ -126,11 +126,10 @@ struct TileRows {
   }
 };
 
-enum class Absent { Left, Zeroed };  // what lies where a row is not wanted
 enum class Side { Key, Value };
 
-// The wanted rows of a tile, in order, to `to`.
-template <Side kSide, int kPlane, Absent kAbsent>
+// The wanted rows of a tile, in order, to `to`; elsewhere what lies there stays.
+template <Side kSide, int kPlane>
 __device__ __forceinline__ void copy_rows(
     u32 to, const u8* plane, const TileRows& rows, u32 wanted, int lane) {
   constexpr int kWidth = kWidths[kPlane], kRowBytes = kPlaneRowBytes[kPlane];
@@ -155,33 +154,54 @@ __device__ __forceinline__ void copy_rows(
       is_high = this_row >= 16;
     }
     const u8* from = kPageTokens == 16 && is_high ? high : low;
-    if constexpr (kAbsent == Absent::Left) {
-      copy_async_if<kChunk, kOffset, kOffset>(to, from, on);
-    } else {
-      copy_async_or_zero<kChunk, kOffset, kOffset>(to, from, on);
-    }
+    copy_async_if<kChunk, kOffset, kOffset>(to, from, on);
   });
 }
 
 // All rows of a tile.
 template <Side kSide, int kPlane>
 __device__ __forceinline__ void copy_tile(u32 to, const u8* plane, const TileRows& rows, int lane) {
-  copy_rows<kSide, kPlane, Absent::Left>(to, plane, rows, 0xffffffffu, lane);
+  copy_rows<kSide, kPlane>(to, plane, rows, 0xffffffffu, lane);
+}
+
+// A row of the planes and the slot of shared memory that takes it.
+__device__ __forceinline__ u64 listed(i64 row, int slot) {
+  static_assert(kTile == 32);
+  return static_cast<u64>(row) << 5 | slot;
+}
+
+// The rows of a list to their slots at `to`.
+template <Side kSide, int kPlane>
+__device__ __forceinline__ void copy_listed(
+    u32 to, const u8* plane, const u64* list, int count, int lane) {
+  constexpr int kWidth = kWidths[kPlane], kRowBytes = kPlaneRowBytes[kPlane];
+  constexpr int kChunk = kRowBytes % 16 == 0 ? 16 : 8, kPerRow = kRowBytes / kChunk;
+  constexpr int kAtOnce = 32 / kPerRow;
+  const int chunk = lane % kPerRow;
+  const u8* from = plane + chunk * kChunk;
+  for (int i = lane / kPerRow; i < count; i += kAtOnce) {
+    if (32 % kPerRow != 0 && lane >= kAtOnce * kPerRow) break;
+    const u64 entry = list[i];
+    const int slot = static_cast<int>(entry) % kTile;
+    const int swizzle = kSide == Side::Key ? key_swizzle<kWidth>(slot) : value_swizzle<kWidth>(slot);
+    copy_async<kChunk>(to + slot * kRowBytes + (chunk ^ swizzle) * kChunk,
+                       from + (entry >> 5) * kRowBytes);
+  }
 }
 
 // Rows of a tile that are few: at most 16, named by `order`, side by side.
 constexpr int kRareRows = 16;
 
-template <int kPlane>
+template <int kPlane, class RowOf>
 __device__ __forceinline__ void copy_rare_rows(
-    u32 to, const u8* plane, const TileRows& rows, const u8* order, int count, u32 wanted, int lane) {
+    u32 to, const u8* plane, RowOf row_of, const u8* order, int count, u32 wanted, int lane) {
   constexpr int kWidth = kWidths[kPlane], kRowBytes = kPlaneRowBytes[kPlane];
   constexpr int kChunk = kRowBytes % 16 == 0 ? 16 : 8, kPerRow = kRowBytes / kChunk;
 #pragma unroll
   for (int i = 0; i < (kRareRows * kPerRow + 31) / 32; ++i) {
     const int id = lane + 32 * i, slot = id / kPerRow, chunk = id % kPerRow;
     const int row = slot < count ? order[slot] : 0;
-    const u8* from = plane + rows.of_row(row) * kRowBytes + chunk * kChunk;
+    const u8* from = plane + row_of(row) * kRowBytes + chunk * kChunk;
     const u32 at = to + slot * kRowBytes + (chunk ^ key_swizzle<kWidth>(slot)) * kChunk;
     if (slot < kRareRows) copy_async_or_zero<kChunk>(at, from, slot < count && (wanted >> row & 1));
   }

@@ -1,4 +1,4 @@
-// Closing a tile, second half: weights, their bound sums, and the products with values.
+// The queue of values, emptied: weights as digits, and their products with the rows.
 
 #include "worker.cuh"
 
@@ -16,41 +16,15 @@ __device__ __forceinline__ float Worker::round_weight(
   return (number - kMagic) * unit;
 }
 
-// Weights of the tile: to the sums, and as digits to the registers of the value products.
-__device__ __forceinline__ void Worker::weigh() {
-  if constexpr (kSampleValues) {
-    float wish[kGroup], most = kNever;
-    load_heads(wish, block.constants[kWanted]);
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) most = fmaxf(most, score[g] + wish[g]);
-    // Prefixes reach 8 row scales, sizes are 7.5.
-    most += log2_fast(value_scale() / chance) + 0.0931095f;
-    if (chance < 1.0f) largest_draw = fmaxf(largest_draw, most);
-  }
-  if (shifted) {
-    float reference[kGroup];
-    load_heads(reference, block.reference[warp]);
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) score[g] -= reference[g];
-  }
-  Token token;
-  token.key_scale = key_scale(), token.value_scale = value_scale();
-  token.key_step = step_of(key_planes), token.value_step = step_of(value_planes);
-  token.has_value = is_wanted(), token.chance = chance;
-  const auto shared = Sums::shared_of(token);
-  float first[kGroup], second[kGroup], classes[kGroup];  // coefficients of the bound's addends
-  load_heads(first, block.constants[kError]);
-  load_heads(second, block.constants[kErrorMore]);
-  float* of_class = block.classes[warp][dither_class(token_of_tile + lane)];
-  load_heads(classes, of_class);
-  const float unit = is_wanted() ? value_scale() / (kSampleValues ? chance : 1.0f) : 0.0f;
-  const float middle = 0.5f * token.value_step - 0.5f;
+__device__ __forceinline__ void Worker::add_values() {
+  arrive();
+  const bool valid = lane < queued_values;
+  const int planes = valid ? mine.values.planes[lane] : 0;
   float scaled[kGroup], largest[kHeads] = {};
+  load_heads(scaled, mine.values.weight[lane]);
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
-    const float weight = sums.add(g, score[g], shared, first[g], second[g]);
-    total[g] += weight;
-    scaled[g] = weight * unit;
+    if (!valid) scaled[g] = 0.0f;
     // Non-negative floats are ordered like their bits, NaN last.
     largest[g] = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(scaled[g])));
   }
@@ -58,9 +32,11 @@ __device__ __forceinline__ void Worker::weigh() {
   // theta, what rounding loses gets digits of its own.
   float coarse[kGroup];
   load_heads(coarse, block.constants[kCoarse]);
-  has_fine_weights = false;
+  bool has_fine_weights = false;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) has_fine_weights |= largest[g] > coarse[g];
+  // What digits of offset binary stand for: their middle, less half the range.
+  const float offset = 0.5f * step_of(planes) - (0.5f + kHalfRange);
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     float lost;
@@ -71,17 +47,14 @@ __device__ __forceinline__ void Worker::weigh() {
       if (lane == 0) mine.fine_scales[g] = most * (1.0f / kLargestWeight);
       rounded += round_weight(mine.fine_weights[g], lost, most, lost);
     }
-    // All sums have the rounded weight: the numerator alone differs, by what is lost now.
+    // All other sums have the weight as it was.
     sums.add_rounding(g, lost);
-    classes[g] += rounded;
-    if (value_rows[1]) halves[g] = fmaf(rounded, middle, halves[g]);
+    offsets[g] = fmaf(rounded, offset, offsets[g]);
   }
+  value_rows[0] = (2u << (queued_values - 1)) - 1;
 #pragma unroll
-  for (int b = 0; b < kHeadBlocks; ++b) {
-    float four[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) four[i] = 4 * b + i < kGroup ? classes[4 * b + i] : 0.0f;
-    reinterpret_cast<float4*>(of_class)[b] = make_float4(four[0], four[1], four[2], four[3]);
+  for (int n = 2; n <= kStoredPlanes; ++n) {
+    value_rows[n - 1] = n == 2 || value_rows[1] ? __ballot_sync(kAllLanes, planes >= n) : 0;
   }
   __syncwarp();
   load_weights(mine.weights);
@@ -91,6 +64,26 @@ __device__ __forceinline__ void Worker::weigh() {
     weight_scale[b] = (c == 0 ? of[0] : c == 1 ? of[1] : c == 2 ? of[2] : of[3]) *
                       (1.0f / kLargestWeight);
   }
+#pragma unroll 1
+  for (bool is_fine = false;; is_fine = true) {
+    unrolled<0, kPieces>([&](auto piece) { add_piece<decltype(piece)::value>(); });
+    if (is_fine || !has_fine_weights) break;
+    load_weights(mine.fine_weights);
+#pragma unroll
+    for (int b = 0; b < kHeadBlocks; ++b) weight_scale[b] = mine.fine_scales[4 * b + c];
+  }
+  __syncwarp();
+  if (value_rows[1]) clear_second_values();
+  queued_values = 0;
+}
+
+// Rows without a second plane are zeros there.
+__device__ __forceinline__ void Worker::clear_second_values() {
+  float4* rows = reinterpret_cast<float4*>(mine.values.second);
+  for (int i = lane; i < static_cast<int>(sizeof mine.values.second) / 16; i += 32) {
+    rows[i] = make_float4(0, 0, 0, 0);
+  }
+  __syncwarp();
 }
 
 // Digits of weights as operands: high ones are bytes 1 and 3 of a pair, low ones bytes 0 and 2, 128 too
@@ -109,26 +102,12 @@ __device__ __forceinline__ void Worker::load_weights(const u16 (*numbers)[kTile 
   }
 }
 
-// Value products of the tile that was weighed, and where it matters the same with what the rounding of
-// its weights lost.
-__device__ __forceinline__ void Worker::add_values(int token, int buffer) {
-  if (!value_rows[0]) return;
-#pragma unroll 1
-  for (bool is_fine = false;; is_fine = true) {
-    unrolled<0, kPieces>([&](auto piece) { add_piece<decltype(piece)::value>(token, buffer); });
-    if (is_fine || !has_fine_weights) break;
-    load_weights(mine.fine_weights);
-#pragma unroll
-    for (int b = 0; b < kHeadBlocks; ++b) weight_scale[b] = mine.fine_scales[4 * b + c];
-  }
-}
-
 // One piece: the first two planes, whose rows are in shared memory, and those behind.
 template <int kPiece>
-__device__ __forceinline__ void Worker::add_piece(int token, int buffer) {
+__device__ __forceinline__ void Worker::add_piece() {
   constexpr int kCount = kPieceChannels<kPiece>;
-  const u8* first = mine.value_first[buffer] + c * kPlaneRowBytes[0];
-  const u8* second = mine.value_second + c * kPlaneRowBytes[1];
+  const u8* first = mine.values.first + c * kPlaneRowBytes[0];
+  const u8* second = mine.values.second + c * kPlaneRowBytes[1];
   const int swizzle1 = value_swizzle<kWidths[0]>(c), swizzle2 = value_swizzle<kWidths[1]>(c);
   int d[kHeadBlocks][4][4], product[kHeadBlocks][kCount][2];
   value_products<kWidths[0], kPiece>(
@@ -180,16 +159,15 @@ __device__ __forceinline__ void Worker::add_piece(int token, int buffer) {
   }
   unrolled<2, kStoredPlanes>([&](auto plane) {
     constexpr int kPlane = decltype(plane)::value;
-    if (value_rows[kPlane]) add_late_values<kPlane, kPiece>(token);
+    if (value_rows[kPlane]) add_late_values<kPlane, kPiece>();
   });
 }
 
 // A piece of a third or later plane, straight from the cache: few rows have one.
 template <int kPlane, int kPiece>
-__device__ __forceinline__ void Worker::add_late_values(int token) {
+__device__ __forceinline__ void Worker::add_late_values() {
   constexpr int kWidth = kWidths[kPlane];
   const u8* plane = a.cache.value_planes[kPlane];
-  const TileRows at = TileRows::of(a.cache, sequence, head, token);
   int d[kHeadBlocks][4][4];
   value_products<kWidth, kPiece>(
       d,
@@ -197,7 +175,8 @@ __device__ __forceinline__ void Worker::add_late_values(int token) {
         const int row = c + 4 * i;
         if (!(value_rows[kPlane] >> row & 1)) return 0u;
         return value_word<kWidth, kPiece>(
-            plane + at.of_row(row) * kPlaneRowBytes[kPlane], 0, r, upper);
+            plane + row_index(a.cache, sequence, head, mine.values.token[row]) * kPlaneRowBytes[kPlane],
+            0, r, upper);
       },
       weights);
   constexpr float kScale = 1.0f / (1 << gain(kPlane + 1)), kUpper = kDigitsPerProduct<kWidth>;

@@ -1,4 +1,12 @@
 // A warp of decode.cu: what it holds, and its walk over tiles of 32 tokens.
+//
+//   open    scores of a tile from first key planes, and the plan of its tokens (open.cuh)
+//   refine  32 tokens of any tiles that waited for more key planes (refine.cuh)
+//   settle  weights, sums of the bound, the plan of value rows (settle.cuh)
+//   add     products of 32 value rows of any tiles (values.cuh)
+//
+// What a plan asks for is copied to a queue and used when the queue is full, a tile later or more: so
+// tensor cores work on full tiles however few rows are wanted, and copies have time to arrive.
 
 #include "bounds.cuh"
 #include "copies.cuh"
@@ -42,6 +50,36 @@ __device__ __forceinline__ void load_heads(float (&x)[kGroup], const float* from
   }
 }
 
+__device__ __forceinline__ void store_heads(float* to, const float* x) {
+#pragma unroll
+  for (int block = 0; block < kHeadBlocks; ++block) {
+    float four[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four[i] = 4 * block + i < kGroup ? x[4 * block + i] : 0.0f;
+    reinterpret_cast<float4*>(to)[block] = make_float4(four[0], four[1], four[2], four[3]);
+  }
+}
+
+// A token a lane: of a tile, or of a queue.
+struct Tokens {
+  float score[kGroup];  // log2, relative to the hint
+  float uncapped[kSoftcap ? kGroup : 1];
+  u32 scales;           // key in the low half, value in the high
+  int token;
+  float chance;         // with which the value row is read
+  int key_planes;       // wanted, or read
+  bool wants_value;
+
+  __device__ __forceinline__ float key_scale() const { return scale_of(scales & 0xffff); }
+  __device__ __forceinline__ float value_scale() const { return scale_of(scales >> 16); }
+  // Make it a token without weight.
+  __device__ __forceinline__ void leave() {
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) score[g] = kNever;
+    key_planes = 1, wants_value = false;
+  }
+};
+
 // What a warp does, and its state between the stages.
 class Worker {
  public:
@@ -58,13 +96,14 @@ class Worker {
         c(lane_of_thread() % 4) {}
 
   // Fetch the first key plane and the scales of a tile into a stage.
-  __device__ __forceinline__ void fetch(const Range& range, int token, const TileRows& rows, int stage) const {
+  __device__ __forceinline__ void fetch(const Range& range, int token, int stage) const {
+    const TileRows rows = TileRows::of(a.cache, sequence, head, token);
     const u32 to = shared_address(mine.key_first[stage]);
     if (token + kTile <= range.end) {
       copy_tile<Side::Key, 0>(to, a.cache.key_planes[0], rows, lane);
     } else {
       const u32 inside = (1u << (range.end - token)) - 1;
-      copy_rows<Side::Key, 0, Absent::Left>(to, a.cache.key_planes[0], rows, inside, lane);
+      copy_rows<Side::Key, 0>(to, a.cache.key_planes[0], rows, inside, lane);
     }
     // Scales of tokens that are not attended are 0: nothing that lies there can leak.
     const bool valid = range.holds(token + lane);
@@ -72,43 +111,38 @@ class Worker {
                           a.cache.scales + (valid ? rows.of_row(lane) : 0), valid);
   }
 
-  // Fetch the value rows of a tile before its scores are known.
-  __device__ __forceinline__ void fetch_values(
-      const Range& range, int token, const TileRows& rows) const {
-    const int left = range.end - token;
-    const u32 inside = left >= kTile ? 0xffffffffu : (1u << left) - 1;
-    copy_rows<Side::Value, 0, Absent::Left>(
-        shared_address(mine.value_first[0]), a.cache.value_planes[0], rows, inside, lane);
-  }
-
-  __device__ __forceinline__ void open(const Range& range, int token, const TileRows& at, int stage,
-                                       int buffer, bool values_fetched);
   __device__ __forceinline__ void run(const Range& range, const Course& course, bool trusted);
-  __device__ __forceinline__ void settle_reference(bool trusted);
-  __device__ __forceinline__ void refine();
-  __device__ __forceinline__ void plan_values();
-  __device__ __forceinline__ void weigh();
-  __device__ __forceinline__ void add_values(int token, int buffer);
-  __device__ __forceinline__ void add_exact_rows(const Range& range, int split, int splits);
-  __device__ __forceinline__ void leave_sums();
-  __device__ __forceinline__ void add_rare_planes();
+  __device__ __forceinline__ Tokens open(const Range& range, int first_token, int stage);
+  __device__ __forceinline__ void push_keys(const Tokens& t, u32 refined);
+  __device__ __forceinline__ void settle_reference(const Tokens& t, bool trusted);
+  __device__ __forceinline__ Tokens refine();
+  __device__ __forceinline__ void add_rare_planes(const Tokens& t);
+  __device__ __forceinline__ void settle(Tokens& t, bool has_distinct_classes);
+  __device__ __forceinline__ int plan_value(const Tokens& t) const;
+  __device__ __forceinline__ void add_to_classes(
+      const Tokens& t, const float (&scaled)[kGroup], bool are_distinct);
+  __device__ __forceinline__ void push_values(
+      const Tokens& t, const float (&scaled)[kGroup], u32 wanted, int value_planes);
+  __device__ __forceinline__ void count_reads(int key_planes, int value_planes);
+  __device__ __forceinline__ void leave_reads();
+  __device__ __forceinline__ void add_values();
   __device__ __forceinline__ float round_weight(
       u16* digits, float weight, float largest, float& lost) const;
   __device__ __forceinline__ void load_weights(const u16 (*numbers)[kTile + 16]);
   template <int kPiece>
-  __device__ __forceinline__ void add_piece(int token, int buffer);
-  __device__ __forceinline__ void count_reads();
-  __device__ __forceinline__ void leave_reads();
+  __device__ __forceinline__ void add_piece();
   template <int kPlane, int kPiece>
-  __device__ __forceinline__ void add_late_values(int token);
+  __device__ __forceinline__ void add_late_values();
+  __device__ __forceinline__ void clear_second_values();
+  __device__ __forceinline__ void add_exact_rows(const Range& range, int split, int splits);
+  __device__ __forceinline__ void leave_sums();
 
-  __device__ __forceinline__ TileRows rows_of_tile() const {
-    if constexpr (kPageTokens > 0) return paged_rows;
-    return TileRows::of(a.cache, sequence, head, token_of_tile);
+  // All copies that were asked for are there.
+  __device__ __forceinline__ void arrive() const {
+    commit_copies();
+    await_copies<0>();
+    __syncwarp();
   }
-  __device__ __forceinline__ float key_scale() const { return scale_of(scales & 0xffff); }
-  __device__ __forceinline__ float value_scale() const { return scale_of(scales >> 16); }
-  __device__ __forceinline__ bool is_wanted() const { return wanted_rows >> lane & 1; }
 
   // log2 of a weight relative to the hint, from the score before the cap.
   __device__ __forceinline__ float capped(float x, int g) const {
@@ -123,69 +157,58 @@ class Worker {
   WarpTiles& mine;
   const int sequence, head, warp, lane, r, c;
 
-  // The tile that is open.
-  int token_of_tile;
-  TileRows paged_rows;              // contiguous rows are found again from the token
-  u32 scales;                       // of this lane's token: key in the low half, value in the high
-  float score[kGroup];              // log2 units, relative to the hint
-  float uncapped[kSoftcap ? kGroup : 1];
-  float chance;
-  int key_planes, value_planes;     // read, of this lane's token
-  u32 wanted_rows, second_rows;     // masks over the tile
-  u32 third_rows;                   // key planes >= 3
+  int queued_keys = 0, queued_values = 0;
 
-  // The tile whose values are being added.
+  // The rows whose products are being added.
   u32 weights[kHeadBlocks][2];
   float weight_scale[kHeadBlocks];
-  bool has_fine_weights;
-  u32 value_rows[kStoredPlanes];
+  u32 value_rows[kStoredPlanes];  // that have so many planes: masks over the queue
 
   float output[kHeadBlocks][kOutputs] = {};
-  float total[kGroup] = {};         // sum of weights
-  float halves[kGroup] = {};        // of weights times the middle of digits that were read
+  float total[kGroup] = {};       // sum of weights
+  float offsets[kGroup] = {};     // of weights times what digits are off by (values.cuh)
   Sums sums;
-  float largest_draw = kNever;      // log2 of M / theta_s, times the denominator
-  bool shifted = false;             // the reference is not the hint
+  float largest_draw = kNever;    // log2 of M / theta_s, times the denominator
+  bool shifted = false;           // the reference is not the hint
 };
 
-// The tiles of the course: open each between the weights and the value products of the one before.
+// The tiles of the course, and at the end what is left in the queues.
 __device__ __forceinline__ void Worker::run(const Range& range, const Course& course, bool trusted) {
   if (course.token >= course.end) return;
-  int stage = 0, buffer = 0;
-  auto open_and_fetch = [&](int token, int into, bool is_first) {
-    open(range, token, TileRows::of(a.cache, sequence, head, token), stage, into,
-         kEagerValues && is_first);
-    if (is_first) settle_reference(trusted);
-    const int ahead = token + kKeyStages * course.step;
-    if (ahead < course.end) {
-      fetch(range, ahead, TileRows::of(a.cache, sequence, head, ahead), stage);
+  clear_second_values();
+  int stage = 0;
+  for (int token = course.token;; token += course.step) {
+    const bool is_tile = token < course.end;
+    Tokens tile;
+    u32 refined = 0;
+    if (is_tile) {
+      await_copies<kKeyStages - 1>();
+      __syncwarp();
+      tile = open(range, token, stage);
+      if (token == course.token) settle_reference(tile, trusted);
+      const int ahead = token + kKeyStages * course.step;
+      if (ahead < course.end) fetch(range, ahead, stage);
+      stage = stage + 1 < kKeyStages ? stage + 1 : 0;
+      refined = __ballot_sync(kAllLanes, tile.key_planes >= 2);
     }
-    commit_copies();
-    stage = stage + 1 < kKeyStages ? stage + 1 : 0;
-  };
-  open_and_fetch(course.token, buffer, true);
-  for (int token = course.token; token < course.end; token += course.step) {
-    // Copy groups in order: this tile's rows, key planes ahead, second value planes; then again.
-    await_copies<1>();
-    __syncwarp();
-    refine();
-    plan_values();
-    weigh();
-    const int next = token + course.step;
-    if (next < course.end) {
-      if constexpr (kKeyStages == 1) {
-        await_copies<1>();
-        __syncwarp();
+    const bool is_full = is_tile ? queued_keys + __popc(refined) > kTile : queued_keys > 0;
+    // First the queue, if there is no room in it, then the tile: in one loop, so that the code of
+    // `settle` stands once.
+#pragma unroll 1
+    for (bool is_queue = is_full; is_queue || is_tile; is_queue = false) {
+      Tokens t;
+      if (is_queue) {
+        t = refine();
+      } else {
+        push_keys(tile, refined);
+        t = tile;
+        if (refined >> lane & 1) t.leave();
       }
-      open_and_fetch(next, buffer ^ 1, false);
-    } else {
-      commit_copies();
-      commit_copies();
+      settle(t, !is_queue);
+      if (!is_queue) break;
     }
-    await_copies<2>();
-    __syncwarp();
-    add_values(token, buffer);
-    __syncwarp();
-    buffer ^= 1;
+    if (!is_tile) break;
+    commit_copies();
   }
+  if (queued_values) add_values();
 }

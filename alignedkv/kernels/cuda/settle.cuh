@@ -1,0 +1,138 @@
+// Tokens whose scores are final: their weights, their part of all sums but the output, and their value
+// rows' plan.
+
+#include "worker.cuh"
+
+__device__ __forceinline__ void Worker::settle(Tokens& t, bool has_distinct_classes) {
+  const int value_planes = plan_value(t);
+  count_reads(t.key_planes, value_planes);
+  if constexpr (kSampleValues) {
+    float wish[kGroup], most = kNever;
+    load_heads(wish, block.constants[kWanted]);
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) most = fmaxf(most, t.score[g] + wish[g]);
+    // Prefixes reach 8 row scales, sizes are 7.5.
+    most += log2_fast(t.value_scale() / t.chance) + 0.0931095f;
+    if (t.chance < 1.0f) largest_draw = fmaxf(largest_draw, most);
+  }
+  if (shifted) {
+    float reference[kGroup];
+    load_heads(reference, block.reference[warp]);
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) t.score[g] -= reference[g];
+  }
+  Token token;
+  token.key_scale = t.key_scale(), token.value_scale = t.value_scale();
+  token.key_step = step_of(t.key_planes), token.value_step = step_of(value_planes);
+  token.has_value = t.wants_value, token.chance = t.chance;
+  const auto shared = Sums::shared_of(token);
+  float first[kGroup], second[kGroup];  // coefficients of the bound's addends
+  load_heads(first, block.constants[kError]);
+  load_heads(second, block.constants[kErrorMore]);
+  const float unit = t.value_scale() / (kSampleValues ? t.chance : 1.0f);
+  float scaled[kGroup];
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    const float weight = sums.add(g, t.score[g], shared, first[g], second[g]);
+    total[g] += weight;
+    scaled[g] = weight * unit;
+  }
+  const u32 wanted = __ballot_sync(kAllLanes, t.wants_value);
+  if (!wanted) return;
+  add_to_classes(t, scaled, has_distinct_classes);
+  push_values(t, scaled, wanted, value_planes);
+}
+
+// Value planes from the scores as they are now; 0 if the row is not wanted.
+__device__ __forceinline__ int Worker::plan_value(const Tokens& t) const {
+  float margin[kGroup], wish[kGroup];
+  load_heads(margin, block.constants[kMargin]);
+  load_heads(wish, block.constants[kValueGain]);
+  const float step = t.key_scale() * step_of(t.key_planes);
+  float excess = kNever;
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) {
+    excess = fmaxf(excess, fminf(fmaf(margin[g], step, t.score[g]), 0.0f) + wish[g]);
+  }
+  excess += log2_fast(t.value_scale());
+  if (!t.wants_value) return 0;
+  return kSampleValues && t.chance < 1.0f ? 1 : planes_for(excess);
+}
+
+// Weights times value scales, by dither class: B of theory.md (2.3).  Weights as they are, not as
+// `add_values` rounds them: what rounding loses is then lost of a prefix without its dither.
+__device__ __forceinline__ void Worker::add_to_classes(
+    const Tokens& t, const float (&scaled)[kGroup], bool are_distinct) {
+  const int token_class = dither_class(t.token);
+  int turn = 0, turns = 1;
+  if (!are_distinct) {
+    // Tokens of one class take turns, in their order, so that the sum is the same in every run.
+    const u32 like_me =
+        __match_any_sync(kAllLanes, t.wants_value ? token_class : kDitherRows + lane);
+    turn = __popc(like_me & ((1u << lane) - 1));
+    turns = __reduce_max_sync(kAllLanes, turn) + 1;
+  }
+  for (int now = 0; now < turns; ++now) {
+    if (t.wants_value && turn == now) {
+      float* of_class = block.classes[warp][token_class];
+      float sum[kGroup];
+      load_heads(sum, of_class);
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) sum[g] += scaled[g];
+      store_heads(of_class, sum);
+    }
+    __syncwarp();
+  }
+}
+
+// Wanted value rows: to the queue, which is emptied first if it is too full.
+__device__ __forceinline__ void Worker::push_values(
+    const Tokens& t, const float (&scaled)[kGroup], u32 wanted, int value_planes) {
+  const int count = __popc(wanted);
+  if (queued_values + count > kTile) add_values();
+  ValueQueue& queue = mine.values;
+  const u32 second = __ballot_sync(kAllLanes, value_planes >= 2), before = (1u << lane) - 1;
+  if (t.wants_value) {
+    const int place = __popc(wanted & before), slot = queued_values + place;
+    const u64 entry = listed(row_index(a.cache, sequence, head, t.token), slot);
+    store_heads(queue.weight[slot], scaled);
+    queue.token[slot] = t.token;
+    queue.planes[slot] = value_planes;
+    mine.rows[0][place] = entry;
+    if (value_planes >= 2) mine.rows[1][__popc(second & before)] = entry;
+  }
+  __syncwarp();
+  copy_listed<Side::Value, 0>(
+      shared_address(queue.first), a.cache.value_planes[0], mine.rows[0], count, lane);
+  if (second) {
+    copy_listed<Side::Value, 1>(shared_address(queue.second), a.cache.value_planes[1],
+                                mine.rows[1], __popc(second), lane);
+  }
+  queued_values += count;
+  __syncwarp();
+}
+
+// Rows read of each plane, for the report.
+__device__ __forceinline__ void Worker::count_reads(int key_planes, int value_planes) {
+  Reads& reads = block.lane_reads[warp][lane];
+  const u32 keys = reads.keys + 0x01000000u + (0x00010101u >> (32 - 8 * key_planes));
+  const u32 values = reads.values + (value_planes ? 0x01010101u >> (32 - 8 * value_planes) : 0);
+  reads.keys = keys, reads.values = values;
+  if (keys >= 0xff000000u) leave_reads();
+}
+
+// Counts of the lanes to the block's, before a byte overflows.
+__device__ __forceinline__ void Worker::leave_reads() {
+  Reads& reads = block.lane_reads[warp][lane];
+#pragma unroll
+  for (int plane = 0; plane < kStoredPlanes; ++plane) {
+    const u32 keys = plane == 0 ? 0 : reads.keys >> (8 * (plane - 1)) & 0xff;
+    const u32 of_keys = __reduce_add_sync(kAllLanes, keys);
+    const u32 of_values = __reduce_add_sync(kAllLanes, reads.values >> (8 * plane) & 0xff);
+    if (lane == 0) {
+      atomicAdd(block.reads + plane, of_keys);
+      atomicAdd(block.reads + kStoredPlanes + plane, of_values);
+    }
+  }
+  reads = {0, 0};
+}
