@@ -4,11 +4,16 @@
 Next-token predictions along a text, after one exact prompt, beside those of the stock model in the
 same dtype: perplexity, KL divergence, agreement of the most probable token; for alignedkv at
 several tolerances and for others' caches.  Along the model's own greedy continuation (--greedy),
-agreement everywhere means that generating would have given the same tokens.
+agreement everywhere means that generating would have given the same tokens.  Where the most
+probable token is another one, a second table says how close the two were: ``gap`` is the difference
+of their exact logits, ``gap_error`` the root mean square error of such a difference at that
+position, ``bf16_gap_error`` the same of bf16 attention, if that is among the rivals.  A gap within
+the latter is a tie that bf16 would not have told apart either.
 
     python tools/evaluate.py path/to/model --text book.txt --context 4096 --positions 128
     python tools/evaluate.py folder --gguf model.gguf --text book.txt --greedy --rivals none
     python tools/evaluate.py path/to/model --text book.txt --needle 1024,4096 --json out.json
+    python tools/evaluate.py path/to/model --text book.txt --positions 0 --speed-steps 32
 """
 
 from __future__ import annotations
@@ -45,7 +50,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--gguf", help="GGUF file inside the folder; it is dequantised")
     parser.add_argument("--text", type=Path, required=True, help="text file")
     parser.add_argument("--context", type=int, default=4096, help="tokens of the prompt")
-    parser.add_argument("--positions", type=int, default=128, help="predictions compared")
+    parser.add_argument(
+        "--positions", type=int, default=128, help="predictions compared; 0: none (default: 128)"
+    )
     parser.add_argument(
         "--greedy", action="store_true", help="follow the model's greedy continuation, not the text"
     )
@@ -53,6 +60,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--bits", type=numbers, default=[3, 4, 5, 6, 7], help="tolerances 2^-bits, e.g. 3,5,7"
     )
     parser.add_argument("--bound", choices=list(BoundKind), default="estimate")
+    parser.add_argument(
+        "--exact-first", type=int, default=0, help="first tokens whose rows are kept as they are"
+    )
     parser.add_argument(
         "--rivals", default="all", help="'all', 'none' or names separated by commas"
     )
@@ -64,9 +74,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plots", type=Path, help="folder for plots")
     options = parser.parse_args(argv)
-    if min(options.context, options.positions - 1) < 1:
-        parser.error("give --context of at least 1 and --positions of at least 2")
+    if options.context < 1 or (options.positions != 0 and options.positions < 2):
+        parser.error("give --context of at least 1 and --positions of at least 2, or 0 for none")
     return options
+
+
+def planes(options: argparse.Namespace) -> list[candidates.Planes]:
+    """alignedkv at every tolerance."""
+    policy = {"bound": options.bound, "exact_first": options.exact_first}
+    return [candidates.planes_at(bits, **policy) for bits in options.bits]
 
 
 def greedy(subject: Subject, cache: DynamicCache, first: torch.Tensor) -> Subject:
@@ -79,10 +95,11 @@ def greedy(subject: Subject, cache: DynamicCache, first: torch.Tensor) -> Subjec
     return dataclasses.replace(subject, tokens=torch.cat([subject.prompt, *tokens], dim=1))
 
 
-def predictions(subject: Subject, options: argparse.Namespace) -> tuple[Subject, pd.DataFrame]:
-    """A row of figures for every candidate, and the subject whose text they followed."""
-    chosen: list[Any] = [candidates.Stock()]
-    chosen += [candidates.planes_at(bits, bound=options.bound) for bits in options.bits]
+def predictions(
+    subject: Subject, options: argparse.Namespace
+) -> tuple[Subject, dict[str, pd.DataFrame]]:
+    """Figures of every candidate, differing tokens, and the subject whose text they followed."""
+    chosen: list[Any] = [candidates.Stock(), *planes(options)]
     if options.rivals != "none":
         chosen += candidates.rivals(options.rivals.split(","))
     prompt = DynamicCache(config=subject.model.config)
@@ -91,7 +108,8 @@ def predictions(subject: Subject, options: argparse.Namespace) -> tuple[Subject,
     if options.greedy:
         again = candidates.copy_of(prompt, subject)
         subject = greedy(subject, again, answer.logits[:, -1].argmax(dim=-1, keepdim=True))
-    rows, exact = [], None
+    rows, differing, exact = [], [], None
+    errors: dict[str, torch.Tensor] = {}
     for candidate in chosen:
         start = time.perf_counter()
         found = candidate.follow(subject, prompt)
@@ -107,15 +125,25 @@ def predictions(subject: Subject, options: argparse.Namespace) -> tuple[Subject,
             }
         )
         print(rows[-1], file=sys.stderr)
-    return subject, pd.DataFrame(rows)
+        errors[candidate.name] = measures.gap_error(found.logits, exact)
+        differing += [
+            {"name": candidate.name, **dataclasses.asdict(difference)}
+            for difference in measures.differences(found.logits, exact)
+        ]
+    for row in differing:
+        row["gap_error"] = float(errors[row["name"]][row["position"]])
+        if candidates.BF16_ATTENTION in errors:
+            row["bf16_gap_error"] = float(errors[candidates.BF16_ATTENTION][row["position"]])
+    tables = {"predictions": pd.DataFrame(rows)}
+    if differing:
+        tables["differences"] = pd.DataFrame(differing)
+    return subject, tables
 
 
 def costs(subject: Subject, options: argparse.Namespace) -> pd.DataFrame:
     """Speed and memory of the stock cache and of every tolerance."""
     policies: list[tuple[str, PrecisionPolicy | None]] = [("stock", None)]
-    for bits in options.bits:
-        planes = candidates.planes_at(bits, bound=options.bound)
-        policies.append((planes.name, planes.policy))
+    policies += [(ours.name, ours.policy) for ours in planes(options)]
     rows = []
     for name, policy in policies:
         found = measures.cost(subject, policy, steps=options.speed_steps)
@@ -127,15 +155,14 @@ def needles(subject: Subject, options: argparse.Namespace) -> pd.DataFrame:
     """Whether the needle is found, by candidate, context and depth."""
     rows = []
     contexts = [int(context) for context in options.needle]
-    for bits in (None, *options.bits):
-        planes = None if bits is None else candidates.planes_at(bits, bound=options.bound)
+    for ours in (None, *planes(options)):
         found = needle.sweep(
             subject,
-            None if planes is None else planes.policy,
+            None if ours is None else ours.policy,
             contexts=contexts,
             depths=options.depths,
         )
-        name = "stock" if planes is None else planes.name
+        name = "stock" if ours is None else ours.name
         rows += [
             {"name": name, "context": context, "depth": depth, "found": hit}
             for (context, depth), hit in found.items()
@@ -155,8 +182,9 @@ def run(options: argparse.Namespace) -> dict[str, pd.DataFrame]:
         positions=options.positions,
     )
     print(runtime.forecast(subject.model, context=options.context), file=sys.stderr)
-    subject, table = predictions(subject, options)
-    tables = {"predictions": table}
+    tables: dict[str, pd.DataFrame] = {}
+    if options.positions:
+        subject, tables = predictions(subject, options)
     if options.speed_steps:
         tables["costs"] = costs(subject, options)
     if options.needle:
@@ -180,7 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.json.write_text(json.dumps({"options": settings, **records}, indent=1))
     if options.plots:
         options.plots.mkdir(parents=True, exist_ok=True)
-        plot.plot_fidelity(tables["predictions"], options.plots / "fidelity.svg")
+        if "predictions" in tables:
+            plot.plot_fidelity(tables["predictions"], options.plots / "fidelity.svg")
         if "needles" in tables:
             plot.plot_needles(tables["needles"], options.plots / "needles.svg")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def options(*changes: str) -> Any:
 
 
 def test_every_candidate_comes_close(subject: Subject) -> None:
-    _, table = evaluate.predictions(subject, options("--bits", "4,8"))
-    by_name = table.set_index("name")
+    _, tables = evaluate.predictions(subject, options("--bits", "4,8"))
+    by_name = tables["predictions"].set_index("name")
     assert by_name.kl_mean["stock"] == 0
     assert by_name.agreement["stock"] == 1
     assert by_name.kl_mean["alignedkv 2^-8"] < by_name.kl_mean["alignedkv 2^-4"]
@@ -51,11 +52,29 @@ def test_every_candidate_comes_close(subject: Subject) -> None:
 
 def test_greedy_follows_the_models_own_words(subject: Subject) -> None:
     model = subject.model
-    followed, _ = evaluate.predictions(
+    followed, tables = evaluate.predictions(
         subject, options("--greedy", "--bits", "9", "--rivals", "none")
     )
     expected = model.generate(subject.prompt, max_new_tokens=8, do_sample=False)
     assert torch.equal(followed.tokens, expected)
+    assert "differences" not in tables
+
+
+def test_differing_tokens_are_listed(subject: Subject) -> None:
+    subject = replace(subject, tokens=prompt(1, 240))
+    _, tables = evaluate.predictions(
+        subject, options("--bits", "8", "--rivals", "fp8 e5m2,bf16 attention")
+    )
+    listed = tables["differences"]
+    figures = tables["predictions"].set_index("name")
+    for name, found in figures.iterrows():
+        mine = listed[listed.name == name]
+        assert len(mine) == round((1 - found.agreement) * 200)
+        assert mine.gap.max() == found.largest_gap or mine.empty
+    assert set(listed.name) >= {"fp8 e5m2"}
+    of_bf16 = listed.name == "bf16 attention"
+    assert (listed.bf16_gap_error == listed.gap_error)[of_bf16].all()
+    assert (listed.bf16_gap_error < listed.gap_error)[~of_bf16].all()
 
 
 def test_fidelity_of_known_distributions() -> None:
@@ -69,6 +88,23 @@ def test_fidelity_of_known_distributions() -> None:
     assert found.agreement == pytest.approx(2 / 3)
     assert found.largest_gap == pytest.approx(float(torch.log(torch.tensor(1.5))))
     assert found.perplexity == pytest.approx((0.6 * 0.4) ** -0.5)
+
+
+def test_differences_of_known_logits() -> None:
+    exact = torch.tensor([[1.0, 3.0, 2.0], [0.0, 1.0, 5.0]]).double()
+    near = exact + torch.tensor([[10.0, 10.0, 12.0], [0.0, 0.0, 0.0]])
+    (found,) = measures.differences(near, exact)
+    assert found == measures.Difference(position=0, exact_token=1, token=2, gap=1.0)
+    # Of the nine ordered pairs four differ by 2; a shift common to all logits is no error.
+    expected = torch.tensor([(4 * 2.0**2 / 9) ** 0.5, 0.0]).double()
+    torch.testing.assert_close(measures.gap_error(near, exact), expected)
+
+
+@pytest.mark.parametrize("positions", ["1", "-3"])
+def test_too_few_positions(positions: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options("--positions", positions)
+    assert "at least 2, or 0 for none" in capsys.readouterr().err
 
 
 def test_the_needle_lies_where_it_should(subject: Subject) -> None:
@@ -105,6 +141,16 @@ def test_tables_files_and_plots(
         "needles.svg",
     }
     assert "predictions" in capsys.readouterr().out
+
+
+def test_without_positions_there_are_no_predictions(
+    subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "load", lambda *args, **facts: subject)
+    arguments = ["model", "--text", "text", "--positions", "0", "--bits", "6"]
+    arguments += ["--needle", "140", "--depths", "0.5", "--plots", str(tmp_path)]
+    assert evaluate.main([*arguments, "--json", str(tmp_path / "out.json")]) == 0
+    assert set(json.loads((tmp_path / "out.json").read_text())) == {"options", "needles"}
 
 
 def test_unknown_rivals_are_named(subject: Subject) -> None:

@@ -29,6 +29,7 @@ from evallib.text import CACHE, Subject
 
 #: Name of the attention function that stands in for the model's own.
 STAND_IN = "alignedkv_evaluate"
+BF16_ATTENTION = "bf16 attention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +115,7 @@ class Planes:
 class Bf16Attention:
     """Keys, values, queries, weights and outputs in bfloat16."""
 
-    name: str = "bf16 attention"
+    name: str = BF16_ATTENTION
 
     def follow(self, subject: Subject, prompt: DynamicCache) -> Answer:
         """See `Candidate`."""

@@ -58,6 +58,45 @@ def fidelity(logits: Tensor, exact: Tensor, following: Tensor) -> Fidelity:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """A position where a candidate's most probable token is not the exact one.
+
+    Attributes
+    ----------
+    position : int
+        Of the token that it follows, counted from the prompt's end.
+    exact_token, token : int
+        The exact choice and the candidate's.
+    gap : float
+        Exact logit of the one less that of the other.
+    """
+
+    position: int
+    exact_token: int
+    token: int
+    gap: float
+
+
+def differences(logits: Tensor, exact: Tensor) -> list[Difference]:
+    """All positions where the most probable tokens of logits [positions, vocabulary] differ."""
+    best, near = exact.argmax(dim=-1), logits.argmax(dim=-1)
+    return [
+        Difference(
+            position=position,
+            exact_token=int(best[position]),
+            token=int(near[position]),
+            gap=float(exact[position, best[position]] - exact[position, near[position]]),
+        )
+        for position in (best != near).nonzero().flatten().tolist()
+    ]
+
+
+def gap_error(logits: Tensor, exact: Tensor) -> Tensor:
+    """How wrong the difference of two logits is, root mean square over all pairs [positions]."""
+    return (logits - exact).std(dim=-1, correction=0) * 2**0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
     """Decode speed and cache memory at a context."""
 

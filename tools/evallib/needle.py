@@ -37,7 +37,7 @@ def sweep(
     """Whether the number is found, by context and depth; stock (None) or patched."""
     model, found = subject.model, {}
     if policy is not None:
-        runtime.patch(model, policy)
+        runtime.patch(model, policy, break_even=0)
     try:
         for context in contexts:
             for depth, (number, ids) in zip(depths, prompts(subject, context, depths), strict=True):
