@@ -56,7 +56,10 @@ def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
         + 4 * spec.group * spec.channels * _dither_shares(spec, config)
         + 4 * MAX_SPLITS * heads
     )
-    return _aligned(fixed + config.warps * per_warp) + _aligned(max(tiles, outputs, merge))
+    alignment = _tile_alignment(spec)
+    return _aligned(fixed + config.warps * per_warp, alignment) + _aligned(
+        max(tiles, outputs, merge), alignment
+    )
 
 
 def _tile_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
@@ -64,12 +67,19 @@ def _tile_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     row = [row_bytes(spec.channels, width) for width in spec.layout.widths[: spec.stored_planes]]
     heads = padded_heads(spec)
     keys = TILE * (row[1] + 4 * heads + 3 * 4 + 1)
-    values = TILE * (row[0] + row[1] + 4 * heads + 4 + 1)
+    alignment = _tile_alignment(spec)
+    values = _aligned(TILE * (row[0] + row[1] + 4 * heads + 4 + 1), alignment)
     rare = RARE_ROWS * max(row[2:]) if row[2:] else 16
-    scores, weights = TILE * heads * 4, 2 * heads * (TILE + 16) * 2 + heads * 4
+    scores, weights = TILE * heads * 4, 2 * heads * ((TILE + 16) * 2 + 4)
     stages = config.key_stages * TILE * (row[0] + 4)
     rows, order = 2 * TILE * 8, TILE
-    return _aligned(keys + values + rare + scores + weights + stages + rows + order)
+    return _aligned(keys + values + rare + scores + weights + stages + rows + order, alignment)
+
+
+def _tile_alignment(spec: DecodeSpec) -> int:
+    """``kTileAlignment`` of products.cuh."""
+    row = row_bytes(spec.channels, spec.layout.widths[0])
+    return row if row & (row - 1) == 0 else 16
 
 
 def _sums(spec: DecodeSpec) -> int:
@@ -85,5 +95,5 @@ def _dither_shares(spec: DecodeSpec, config: DecodeConfig) -> int:
     return shares
 
 
-def _aligned(size: int) -> int:
-    return -(-size // 16) * 16
+def _aligned(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment

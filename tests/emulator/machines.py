@@ -65,6 +65,10 @@ INSTRUCTIONS = {
     "ld.global.u32 %0, [%1];": "std::memcpy(&{0}, {1}, 4)",
     "st.global.f32 [%0], %1;": "std::memcpy({0}, &{1}, 4)",
     "st.global.u32 [%0], %1;": "std::memcpy({0}, &{1}, 4)",
+    "lop3.b32 %0, %1, %2, %3, 0xe4;": "{0} = ({1} & {3}) | ({2} & ~{3})",
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];": (
+        "load_transposed({{&{0}, &{1}, &{2}, &{3}}}, {4})"
+    ),
     "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
     "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};": (
         "multiply_tiles<unsigned char>(d, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}})"
@@ -220,7 +224,7 @@ def host_library(spec: DecodeSpec, config: DecodeConfig, file: str) -> ctypes.CD
     """A CUDA file compiled for the host, with a function ``run_<kernel>`` for each kernel."""
     text = re.sub(r"#line.*", "", generate(spec, config, file))
     text = _ASSEMBLY.sub(_host_statement, text)
-    text = text.replace("extern __shared__ __align__(16) u8 memory[];", "u8* memory = dynamic;")
+    text = text.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = dynamic;")
     kernels = _KERNEL.findall(text)
     lines = [f'#include "{HEADER}"', text.replace('extern "C" __global__', "static __global__")]
     lines += [

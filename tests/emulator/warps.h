@@ -255,6 +255,18 @@ inline unsigned short float_to_bfloat16(float x) {
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
+// Four 8 x 8 matrices of 16-bit numbers as ldmatrix.x4.trans spreads them over a warp: lane 8 m + i has
+// the address of row i of matrix m.
+inline void load_transposed(std::array<unsigned*, 4> to, unsigned address) {
+  const unsigned lane = thread_number() % 32, r = lane / 4, c = lane % 4;
+  for (unsigned m = 0; m < 4; ++m) {
+    for (unsigned i = 0; i < 2; ++i) {
+      const unsigned row = of_lane(address, 8 * m + 2 * c + i);
+      std::memcpy(reinterpret_cast<unsigned short*>(to[m]) + i, dynamic + row + 2 * r, 2);
+    }
+  }
+}
+
 struct Fragments {
   unsigned a[4], b[2];
 };

@@ -67,7 +67,7 @@ constexpr u8 kWantsValue = 0x80;
 
 // Tokens whose value rows are wanted and whose weights are final.  Rows without a second plane are 0
 // there.
-struct alignas(16) ValueQueue {
+struct alignas(kTileAlignment) ValueQueue {
   u8 first[kTile * kPlaneRowBytes[0]];
   u8 second[kTile * kPlaneRowBytes[1]];
   float weight[kTile][kHeads];  // times the value scale, over the chance
@@ -75,15 +75,14 @@ struct alignas(16) ValueQueue {
   u8 planes[kTile];
 };
 
-struct alignas(16) WarpTiles {
+struct WarpTiles {
   u8 key_first[kKeyStages][kTile * kPlaneRowBytes[0]];
-  KeyQueue keys;
   ValueQueue values;
+  KeyQueue keys;
   u8 key_rare[rare_bytes() > 0 ? rare_bytes() : 16];
   float scores[kTile][kHeads];
-  u16 weights[kHeads][kTile + 16];       // by weight_slot
-  u16 fine_weights[kHeads][kTile + 16];  // what their rounding lost
-  float fine_scales[kHeads];
+  u16 weights[2][kHeads][kTile + 16];  // by weight_slot; what their rounding lost
+  float weight_units[2][kHeads];
   u32 scales[kKeyStages][kTile];
   u64 rows[2][kTile];  // lists of rows to copy (copy_listed)
   u8 order[kTile];

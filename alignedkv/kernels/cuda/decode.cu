@@ -65,7 +65,7 @@ __device__ __forceinline__ void load_query(const DecodeArguments& a, DecodeShare
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
     const __grid_constant__ DecodeArguments a) {
-  extern __shared__ __align__(16) u8 memory[];
+  extern __shared__ __align__(128) u8 memory[];
   DecodeShared& shared = *reinterpret_cast<DecodeShared*>(memory);
   const int warp = threadIdx.x / 32, lane = lane_of_thread();
   const int block = blockIdx.y * gridDim.x + blockIdx.x, heads = gridDim.y;

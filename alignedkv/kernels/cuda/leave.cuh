@@ -42,14 +42,14 @@ __device__ __forceinline__ void Worker::add_exact_rows(
     unrolled<0, kPieces>([&](auto piece) {
       constexpr int kPiece = decltype(piece)::value;
 #pragma unroll
-      for (int j = 0; j < 2 * kPieceChannels<kPiece>; ++j) {
+      for (int j = 0; j < 4; ++j) {
         const int channel = value_byte<kPiece>(r) + j / 2 + (j % 2) * (kChannels / 2);
         if (channel >= kHeadDim) continue;
         const float centred = to_float<kRowDtype>(value[channel]) -
                               a.cache.value_mean[of_head * kHeadDim + channel];
 #pragma unroll
         for (int g = 0; g < kGroup; ++g) {
-          float& out = output[g / 4][8 * kPiece + j];
+          float& out = output[g / 4][4 * kPiece + j];
           if (g % 4 == c) out = fmaf(weight[g], centred, out);
         }
       }
@@ -89,9 +89,9 @@ __device__ __forceinline__ void leave_outputs(Worker& worker, DecodeShared& shar
     unrolled<0, kPieces>([&](auto piece) {
       constexpr int kPiece = decltype(piece)::value;
 #pragma unroll
-      for (int j = 0; j < 2 * kPieceChannels<kPiece>; ++j) {
+      for (int j = 0; j < 4; ++j) {
         to[value_byte<kPiece>(worker.r) + j / 2 + (j % 2) * (kChannels / 2)] =
-            worker.output[b][8 * kPiece + j];
+            worker.output[b][4 * kPiece + j];
       }
     });
     __syncthreads();

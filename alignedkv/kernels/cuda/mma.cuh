@@ -68,12 +68,16 @@ struct Digits {
   static constexpr bool kTwoWords = kWidth == 8;
 };
 
-// 4 x 4 bytes transposed: byte i of t[j] is byte j of word i.
-__device__ __forceinline__ void transpose(u32 (&t)[4], u32 w0, u32 w1, u32 w2, u32 w3) {
-  const u32 x = __byte_perm(w0, w1, 0x5140), y = __byte_perm(w2, w3, 0x5140);
-  const u32 z = __byte_perm(w0, w1, 0x7362), w = __byte_perm(w2, w3, 0x7362);
-  t[0] = __byte_perm(x, y, 0x5410);
-  t[1] = __byte_perm(x, y, 0x7632);
-  t[2] = __byte_perm(z, w, 0x5410);
-  t[3] = __byte_perm(z, w, 0x7632);
+// Bits of x where the mask has ones, of y elsewhere; the compiler would take two instructions.
+__device__ __forceinline__ u32 chosen(u32 mask, u32 x, u32 y) {
+  u32 z;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(z) : "r"(x), "r"(y), "r"(mask));
+  return z;
+}
+
+// Four 8 x 8 matrices of byte pairs, transposed: row i of matrix m lies at the address of lane 8 m + i,
+// and lane (r, c) gets in x[m] pair r of rows 2 c and, above, 2 c + 1.
+__device__ __forceinline__ void load_matrices(u32 (&x)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(address) : "memory");
 }

@@ -1,6 +1,7 @@
 // Products of a tile of 32 rows with the queries (channels are summed) and with the weights (tokens
 // are summed), plane by plane.
 
+#include "copies.cuh"
 #include "mma.cuh"
 #include "query.cuh"
 
@@ -20,11 +21,12 @@ __device__ __forceinline__ constexpr int key_swizzle(int row) {
   return kRowBytesOf<kWidth> % 128 == 0 ? (row & 1) * 4 : 0;
 }
 
-// Values: a warp loads 32 bytes of four rows that lie side by side.
+// Values: ldmatrix loads 16 bytes of eight rows that lie side by side.  (Rows of 96 bytes meet in pairs.)
 template <int kWidth>
 __device__ __forceinline__ constexpr int value_swizzle(int row) {
-  if constexpr (kRowBytesOf<kWidth> % 128 == 0) return (row & 3) * 2;
-  if constexpr (kRowBytesOf<kWidth> % 128 == 64) return (row & 2);
+  if constexpr (kRowBytesOf<kWidth> % 128 == 0) return row & 7;
+  if constexpr (kRowBytesOf<kWidth> % 128 == 64) return row >> 1 & 3;
+  if constexpr (kRowBytesOf<kWidth> % 128 == 32) return row >> 2 & 1;
   return 0;
 }
 
@@ -131,72 +133,120 @@ __device__ __forceinline__ void key_products(
 }
 
 // ---- values ----------------------------------------------------------------------------------------
-// Tokens are k, so that bytes of four tokens must share a word: lane (r, c) takes, of tokens c + 4 i,
-// the word of channels 4 (r + 8 p) .. of piece p, and transposes.  Token c + 4 i is k = 4 c + i for
-// i < 4 and 12 + 4 c + i above; `weight_slot` is that k, where its weight lies.  At C = 96 the second
-// piece is half a word: channels 32 + 2 r.
+// Tokens are k, so that bytes of four tokens must share a word.  A piece is 16 bytes of a row, of which
+// lane (r, c) takes bytes 2 r and 2 r + 1.  ldmatrix brings it both of tokens 8 m + 2 c and 8 m + 2 c + 1
+// in word m; two such words make one of four tokens for either byte.  So k = 4 c .. 4 c + 3 are tokens
+// 2 c, 2 c + 1, 8 + 2 c, 9 + 2 c, and k + 16 the tokens 16 behind; `weight_slot` is that k, where a
+// token's weight lies.
 
-constexpr int kPieces = (kChannels + 63) / 64;
-constexpr int kOutputs = kChannels / 8;  // per lane and block of heads
+constexpr int kValuePieceBytes = 16;
+constexpr int kPieces = kChannels / (2 * kValuePieceBytes);
+constexpr int kOutputs = kChannels / 8;  // per lane and block of heads, four a piece
+static_assert(kOutputs == 4 * kPieces, "a row is made of whole pieces");
 
 __device__ __forceinline__ int weight_slot(int token) {
-  return (token & 16) + 4 * (token & 3) + (token >> 2 & 3);
+  return (token & 16) + 4 * (token >> 1 & 3) + 2 * (token >> 3 & 1) + (token & 1);
 }
 
-template <int kPiece>
-constexpr int kPieceChannels = 64 * kPiece + 64 > kChannels ? 2 : 4;
-
-// A lane's byte of a row of the lower half's channels, and its channels 0 .. kPieceChannels - 1.
+// A lane's first byte of a piece, and its first channel in the lower half of the row.
 template <int kPiece>
 __device__ __forceinline__ int value_byte(int r) {
-  return 32 * kPiece + kPieceChannels<kPiece> * r;
+  return kValuePieceBytes * kPiece + 2 * r;
 }
 
-// A piece of one row: digits of the lower half masked by kLower, of the upper by kUpper.
-template <int kWidth, int kPiece>
-__device__ __forceinline__ u32 value_word(const u8* row, int swizzle, int r, bool upper) {
-  int byte = value_byte<kPiece>(r) + (upper ? kChannels / 2 : 0), shift = 0;
-  if constexpr (kWidth == 2) {
-    shift = byte >= kChannels / 4 ? 2 : 0;
-    byte -= byte >= kChannels / 4 ? kChannels / 4 : 0;
-  }
-  byte ^= swizzle * 16;
-  u32 word;
-  if constexpr (kPieceChannels<kPiece> == 4) {
-    word = *reinterpret_cast<const u32*>(row + byte);
-  } else {
-    word = *reinterpret_cast<const u16*>(row + byte);
-  }
-  return kWidth == 2 ? word >> shift : word;
-}
+// Words of a piece, a byte of four tokens each: [byte][k / 16].
+using Operands = u32[2][2];
 
-// Digits of a piece times the weights; `load(i, upper)` is the word of token c + 4 i.
-// `d[block][j]`: rows r and r + 8 are channel j of the piece in the lower and the upper half.
-template <int kWidth, int kPiece, class Load>
-__device__ __forceinline__ void value_products(
-    int (&d)[kHeadBlocks][4][4], Load load, const u32 (&weights)[kHeadBlocks][2]) {
-  u32 words[8], t[2][4], t_upper[2][4];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) words[i] = load(i, false);
-  transpose(t[0], words[0], words[1], words[2], words[3]);
-  transpose(t[1], words[4], words[5], words[6], words[7]);
-  if constexpr (Digits<kWidth>::kTwoWords) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) words[i] = load(i, true);
-    transpose(t_upper[0], words[0], words[1], words[2], words[3]);
-    transpose(t_upper[1], words[4], words[5], words[6], words[7]);
+// Rows of kWidth bits of a tile, side by side in shared memory.
+template <int kWidth>
+struct ValueRows {
+  static constexpr int kBytes = kRowBytesOf<kWidth>;
+  static constexpr bool kSwizzled = value_swizzle<kWidth>(7) != 0;
+
+  const u8* tile;
+  u32 row;  // where the lane's row starts, swizzled
+
+  __device__ __forceinline__ ValueRows(const u8* tile, int lane) : tile(tile) {
+    row = shared_address(tile) + lane * kBytes + 16 * value_swizzle<kWidth>(lane);
   }
+
+  // A piece's words: digits of the lower half where Digits<kWidth>::kLower is set, of the upper one
+  // where kUpper is.
+  template <int kPiece>
+  __device__ __forceinline__ void load(Operands& words, int r, int c) const {
+    constexpr int kFirst = kValuePieceBytes * kPiece;
+    u32 pairs[4];
+    int shift = 0;
+    if constexpr (kBytes % 16 == 0) {
+      constexpr bool kIsSecond = kWidth == 2 && kFirst >= kBytes;
+      constexpr int kByte = kFirst - (kIsSecond ? kBytes : 0);
+      shift = kIsSecond ? 2 : 0;
+      load_matrices(pairs, kSwizzled ? row ^ kByte : row + kByte);
+    } else {
+      static_assert(kWidth == 2, "ldmatrix takes rows of 16 bytes");
+      const int byte = kFirst + 2 * r;
+      const bool is_second = byte >= kBytes;
+      shift = is_second ? 2 : 0;
+      const u8* of_lane = tile + 2 * c * kBytes + byte - (is_second ? kBytes : 0);
 #pragma unroll
-  for (int j = 0; j < kPieceChannels<kPiece>; ++j) {
-    u32 a[2], a_upper[2];
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      a[k] = t[k][j] & Digits<kWidth>::kLower;
-      a_upper[k] = Digits<kWidth>::kTwoWords ? t_upper[k][j] : t[k][j] & Digits<kWidth>::kUpper;
+      for (int m = 0; m < 4; ++m) {
+        const u8* two = of_lane + 8 * m * kBytes;
+        pairs[m] = *reinterpret_cast<const u16*>(two) |
+                   *reinterpret_cast<const u16*>(two + kBytes) << 16;
+      }
     }
 #pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      words[0][k] = __byte_perm(pairs[2 * k], pairs[2 * k + 1], 0x6420) >> shift;
+      words[1][k] = __byte_perm(pairs[2 * k], pairs[2 * k + 1], 0x7531) >> shift;
+    }
+  }
+};
+
+// So that a piece of a swizzled row is found by an exclusive or.
+constexpr int kTileAlignment = ValueRows<4>::kSwizzled ? ValueRows<4>::kBytes : 16;
+
+// A plane's digits as operands of both halves.
+template <int kWidth>
+__device__ __forceinline__ void split_digits(Operands& lower, Operands& upper, const Operands& words) {
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      lower[j][k] = words[j][k] & Digits<kWidth>::kLower;
+      upper[j][k] = words[j][k] & Digits<kWidth>::kUpper;
+    }
+  }
+}
+
+// Digits of a first plane, of 4 bits, and of the second, of kWidth, as one: 2^kWidth first + second.
+template <int kWidth>
+__device__ __forceinline__ void join_digits(
+    Operands& lower, Operands& upper, const Operands& first, const Operands& second) {
+  constexpr u32 kFirst = Digits<4>::kLower << kWidth, kBoth = kFirst | Digits<kWidth>::kLower;
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      lower[j][k] = chosen(kFirst, first[j][k] << kWidth, second[j][k]) & kBoth;
+      upper[j][k] = chosen(kFirst, first[j][k] >> (4 - kWidth), second[j][k] >> 4) & kBoth;
+    }
+  }
+}
+
+// Digits times the weights.  `d[block][j]`: rows r and r + 8 are byte j's channels in the lower and the
+// upper half.
+__device__ __forceinline__ void value_products(
+    int (&d)[kHeadBlocks][2][4], const Operands& lower, const Operands& upper,
+    const u32 (&weights)[kHeadBlocks][2]) {
+  // Two digits of a channel are below 2^8.
+  static_assert(u64{32} * kLargestWeight * 255 < u64{1} << 31);
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+#pragma unroll
     for (int block = 0; block < kHeadBlocks; ++block) {
-      multiply(d[block][j], a[0], a_upper[0], a[1], a_upper[1], weights[block][0], weights[block][1]);
+      multiply(d[block][j], lower[j][0], upper[j][0], lower[j][1], upper[j][1], weights[block][0],
+               weights[block][1]);
     }
   }
 }

@@ -189,6 +189,24 @@ __device__ __forceinline__ void copy_listed(
   }
 }
 
+// Value rows of a plane that few of 32 slots have, zeros for the others.  Of 8 bits, the half of a row
+// that starts at `plane`, as a row of 4 bits.
+template <int kPlane, class RowOf>
+__device__ __forceinline__ void copy_late_rows(
+    u32 to, const u8* plane, RowOf row_of, u32 wanted, int lane) {
+  constexpr int kWidth = kWidths[kPlane] == 8 ? 4 : kWidths[kPlane], kRowBytes = kRowBytesOf<kWidth>;
+  constexpr int kChunk = kRowBytes % 16 == 0 ? 16 : 8, kPerRow = kRowBytes / kChunk;
+#pragma unroll 1
+  for (int id = lane; id < kTile * kPerRow; id += 32) {
+    const int slot = id / kPerRow, chunk = id % kPerRow;
+    const bool is_wanted = wanted >> slot & 1;
+    const i64 row = is_wanted ? row_of(slot) : 0;
+    const u8* from = plane + row * kPlaneRowBytes[kPlane] + chunk * kChunk;
+    const u32 at = to + slot * kRowBytes + (chunk ^ value_swizzle<kWidth>(slot)) * kChunk;
+    copy_async_or_zero<kChunk>(at, from, is_wanted);
+  }
+}
+
 // Rows of a tile that are few: at most 16, named by `order`, side by side.
 constexpr int kRareRows = 16;
 

@@ -2,6 +2,9 @@
 
 #include "worker.cuh"
 
+// Of rounded weights, relative to the largest.
+constexpr float kUnit = 1.0f / kLargestWeight;
+
 // Round a weight to a multiple of largest / kLargestWeight, leave the multiple's digits, and say what
 // was lost.
 __device__ __forceinline__ float Worker::round_weight(
@@ -11,15 +14,15 @@ __device__ __forceinline__ float Worker::round_weight(
   constexpr float kMagic = 0x1.8p23f + 128.0f;
   const float number = fmaf(weight, per_unit, kMagic);
   digits[weight_slot(lane)] = static_cast<u16>(__float_as_uint(number));
-  const float unit = largest * (1.0f / kLargestWeight);
+  const float unit = largest * kUnit;
   lost = fmaf(kMagic - number, unit, weight);
   return (number - kMagic) * unit;
 }
 
-__device__ __forceinline__ void Worker::add_values() {
-  arrive();
+// The queue's weights: as digits to shared memory, and what rounding changes to the sums.  Says whether
+// what rounding lost has digits of its own.
+__device__ __forceinline__ bool Worker::leave_weights(int planes) {
   const bool valid = lane < queued_values;
-  const int planes = valid ? mine.values.planes[lane] : 0;
   float scaled[kGroup], largest[kHeads] = {};
   load_heads(scaled, mine.values.weight[lane]);
 #pragma unroll
@@ -40,40 +43,47 @@ __device__ __forceinline__ void Worker::add_values() {
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     float lost;
-    float rounded = round_weight(mine.weights[g], scaled[g], largest[g], lost);
+    float rounded = round_weight(mine.weights[0][g], scaled[g], largest[g], lost);
     if (has_fine_weights) {
       const u32 bits = __float_as_uint(lost) & 0x7fffffffu;
       const float most = __uint_as_float(__reduce_max_sync(kAllLanes, bits));
-      if (lane == 0) mine.fine_scales[g] = most * (1.0f / kLargestWeight);
-      rounded += round_weight(mine.fine_weights[g], lost, most, lost);
+      if (lane == 0) mine.weight_units[1][g] = most * kUnit;
+      rounded += round_weight(mine.weights[1][g], lost, most, lost);
     }
     // All other sums have the weight as it was.
     sums.add_rounding(g, lost);
     offsets[g] = fmaf(rounded, offset, offsets[g]);
   }
-  value_rows[0] = (2u << (queued_values - 1)) - 1;
+  if (lane == 0) {
 #pragma unroll
-  for (int n = 2; n <= kStoredPlanes; ++n) {
-    value_rows[n - 1] = n == 2 || value_rows[1] ? __ballot_sync(kAllLanes, planes >= n) : 0;
+    for (int g = 0; g < kHeads; ++g) largest[g] *= kUnit;
+    store_heads(mine.weight_units[0], largest);
   }
   __syncwarp();
-  load_weights(mine.weights);
-#pragma unroll
-  for (int b = 0; b < kHeadBlocks; ++b) {
-    const float* of = largest + 4 * b;
-    weight_scale[b] = (c == 0 ? of[0] : c == 1 ? of[1] : c == 2 ? of[2] : of[3]) *
-                      (1.0f / kLargestWeight);
-  }
-#pragma unroll 1
-  for (bool is_fine = false;; is_fine = true) {
-    unrolled<0, kPieces>([&](auto piece) { add_piece<decltype(piece)::value>(); });
-    if (is_fine || !has_fine_weights) break;
-    load_weights(mine.fine_weights);
-#pragma unroll
-    for (int b = 0; b < kHeadBlocks; ++b) weight_scale[b] = mine.fine_scales[4 * b + c];
-  }
+  return has_fine_weights;
+}
+
+__device__ __forceinline__ void Worker::add_values() {
+  arrive();
+  const int planes = lane < queued_values ? mine.values.planes[lane] : 0;
+  const bool has_fine_weights = leave_weights(planes);
+  const bool has_second = __any_sync(kAllLanes, planes > 1);
+  const ValueRows<kWidths[0]> first(mine.values.first, lane);
+  const ValueRows<kWidths[1]> second(mine.values.second, lane);
+  with_weights(has_fine_weights, [&] {
+    if (has_second) {
+      unrolled<0, kPieces>([&](auto i) { add_two_planes<decltype(i)::value>(first, second); });
+    } else {
+      unrolled<0, kPieces>([&](auto i) { add_plane<0, decltype(i)::value>(first); });
+    }
+  });
+  unrolled<2, kStoredPlanes>([&](auto plane) {
+    constexpr int kPlane = decltype(plane)::value;
+    const u32 wanted = has_second ? __ballot_sync(kAllLanes, planes > kPlane) : 0;
+    if (wanted) add_late_plane<kPlane>(wanted, has_fine_weights);
+  });
   __syncwarp();
-  if (value_rows[1]) clear_second_values();
+  if (has_second) clear_second_values();
   queued_values = 0;
 }
 
@@ -88,104 +98,106 @@ __device__ __forceinline__ void Worker::clear_second_values() {
 
 // Digits of weights as operands: high ones are bytes 1 and 3 of a pair, low ones bytes 0 and 2, 128 too
 // large.
-__device__ __forceinline__ void Worker::load_weights(const u16 (*numbers)[kTile + 16]) {
+__device__ __forceinline__ void Worker::load_weights(int pass) {
   const bool low = r % 2;
   const u32 select = low ? 0x6420 : 0x7531, sign = low ? 0x80808080u : 0;
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
+    weight_unit[b] = mine.weight_units[pass][4 * b + c];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const u16* of_lane = numbers[4 * b + r / 2] + 4 * c + 16 * k;
+      const u16* of_lane = mine.weights[pass][4 * b + r / 2] + 4 * c + 16 * k;
       const uint2 four = *reinterpret_cast<const uint2*>(of_lane);
       weights[b][k] = __byte_perm(four.x, four.y, select) ^ sign;
     }
   }
 }
 
-// One piece: the first two planes, whose rows are in shared memory, and those behind.
-template <int kPiece>
-__device__ __forceinline__ void Worker::add_piece() {
-  constexpr int kCount = kPieceChannels<kPiece>;
-  const u8* first = mine.values.first + c * kPlaneRowBytes[0];
-  const u8* second = mine.values.second + c * kPlaneRowBytes[1];
-  const int swizzle1 = value_swizzle<kWidths[0]>(c), swizzle2 = value_swizzle<kWidths[1]>(c);
-  int d[kHeadBlocks][4][4], product[kHeadBlocks][kCount][2];
-  value_products<kWidths[0], kPiece>(
-      d,
-      [&](int i, bool upper) {
-        return value_word<kWidths[0], kPiece>(
-            first + i * 4 * kPlaneRowBytes[0], swizzle1, r, upper);
-      },
-      weights);
-  float scale = 1.0f;
-#pragma unroll
-  for (int b = 0; b < kHeadBlocks; ++b) {
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      product[b][j][0] = joined(d[b][j][0], d[b][j][1]);
-      product[b][j][1] = joined(d[b][j][2], d[b][j][3]);
-    }
+// body() with the digits of the weights and, if there are, again with those of what rounding lost.
+template <class Body>
+__device__ __forceinline__ void Worker::with_weights(bool has_fine_weights, Body body) {
+#pragma unroll 1
+  for (int pass = 0; pass <= has_fine_weights; ++pass) {
+    load_weights(pass);
+    body();
   }
-  if (value_rows[1]) {
-    // Together below 2^31: 32 tokens, weights up to kLargestWeight, digits up to 255, 16-fold.
-    static_assert(u64{32} * kLargestWeight * 255 * 16 < u64{1} << 31);
-    value_products<kWidths[1], kPiece>(
-        d,
-        [&](int i, bool upper) {
-          return value_word<kWidths[1], kPiece>(
-              second + i * 4 * kPlaneRowBytes[1], swizzle2, r, upper);
-        },
-        weights);
-    scale = 1.0f / (1 << kWidths[1]);
-#pragma unroll
-    for (int b = 0; b < kHeadBlocks; ++b) {
-#pragma unroll
-      for (int j = 0; j < kCount; ++j) {
-        constexpr int kFiner = 1 << kWidths[1];
-        product[b][j][0] = product[b][j][0] * kFiner + joined(d[b][j][0], d[b][j][1]);
-        product[b][j][1] = product[b][j][1] * kFiner + joined(d[b][j][2], d[b][j][3]);
-      }
-    }
-  }
-#pragma unroll
-  for (int b = 0; b < kHeadBlocks; ++b) {
-    const float lower = weight_scale[b] * scale, upper = lower * (1.0f / 16);
-    float* out = output[b] + 8 * kPiece;
-#pragma unroll
-    for (int j = 0; j < kCount; ++j) {
-      out[2 * j] = fmaf(lower, static_cast<float>(product[b][j][0]), out[2 * j]);
-      out[2 * j + 1] = fmaf(upper, static_cast<float>(product[b][j][1]), out[2 * j + 1]);
-    }
-  }
-  unrolled<2, kStoredPlanes>([&](auto plane) {
-    constexpr int kPlane = decltype(plane)::value;
-    if (value_rows[kPlane]) add_late_values<kPlane, kPiece>();
-  });
 }
 
-// A piece of a third or later plane, straight from the cache: few rows have one.
+// A piece of the first two planes; rows without a second digit have a zero there.
+template <int kPiece>
+__device__ __forceinline__ void Worker::add_two_planes(
+    const ValueRows<kWidths[0]>& first, const ValueRows<kWidths[1]>& second) {
+  __syncwarp();  // else the compiler loads all pieces at once, and spills
+  Operands one, two, lower, upper;
+  first.load<kPiece>(one, r, c);
+  second.load<kPiece>(two, r, c);
+  join_digits<kWidths[1]>(lower, upper, one, two);
+  constexpr float kStep = 1.0f / (1 << kWidths[1]);
+  add_products<kPiece>(lower, upper, kStep, kStep);
+}
+
+// A piece of one plane of up to 4 bits.
 template <int kPlane, int kPiece>
-__device__ __forceinline__ void Worker::add_late_values() {
+__device__ __forceinline__ void Worker::add_plane(const ValueRows<kWidths[kPlane]>& rows) {
   constexpr int kWidth = kWidths[kPlane];
-  const u8* plane = a.cache.value_planes[kPlane];
-  int d[kHeadBlocks][4][4];
-  value_products<kWidth, kPiece>(
-      d,
-      [&](int i, bool upper) {
-        const int row = c + 4 * i;
-        if (!(value_rows[kPlane] >> row & 1)) return 0u;
-        return value_word<kWidth, kPiece>(
-            plane + row_index(a.cache, sequence, head, mine.values.token[row]) * kPlaneRowBytes[kPlane],
-            0, r, upper);
-      },
-      weights);
-  constexpr float kScale = 1.0f / (1 << gain(kPlane + 1)), kUpper = kDigitsPerProduct<kWidth>;
+  Operands words, lower, upper;
+  rows.template load<kPiece>(words, r, c);
+  split_digits<kWidth>(lower, upper, words);
+  constexpr float kStep = 1.0f / (1 << gain(kPlane + 1));
+  add_products<kPiece>(lower, upper, kStep, kStep * kDigitsPerProduct<kWidth>);
+}
+
+// Half a piece of a plane of 8 bits.
+template <int kPlane, int kPiece>
+__device__ __forceinline__ void Worker::add_half(const ValueRows<4>& rows, bool is_upper) {
+  Operands words;
+  rows.load<kPiece>(words, r, c);
+  constexpr float kStep = 1.0f / (1 << gain(kPlane + 1));
+  add_products<kPiece>(words, words, is_upper ? 0.0f : kStep, is_upper ? kStep : 0.0f);
+}
+
+// Products of a third or later plane, fetched now: few rows have one.  First digits make room, which
+// is half a row of 8 bits.
+template <int kPlane>
+__device__ __forceinline__ void Worker::add_late_plane(u32 wanted, bool has_fine_weights) {
+  constexpr int kWidth = kWidths[kPlane];
+  u8* tile = mine.values.first;
+  const auto row_of = [&](int slot) {
+    return row_index(a.cache, sequence, head, mine.values.token[slot]);
+  };
+#pragma unroll 1
+  for (int half = 0; half < (kWidth == 8 ? 2 : 1); ++half) {
+    __syncwarp();
+    copy_late_rows<kPlane>(shared_address(tile), a.cache.value_planes[kPlane] + half * kChannels / 2,
+                           row_of, wanted, lane);
+    commit_copies();
+    await_copies<0>();
+    __syncwarp();
+    with_weights(has_fine_weights, [&] {
+      unrolled<0, kPieces>([&](auto i) {
+        constexpr int kPiece = decltype(i)::value;
+        if constexpr (kWidth == 8) {
+          add_half<kPlane, kPiece>(ValueRows<4>(tile, lane), half);
+        } else {
+          add_plane<kPlane, kPiece>(ValueRows<kWidth>(tile, lane));
+        }
+      });
+    });
+  }
+}
+
+// A piece's products to the outputs; steps are those of products in units of first digits.
+template <int kPiece>
+__device__ __forceinline__ void Worker::add_products(
+    const Operands& lower_digits, const Operands& upper_digits, float lower_step, float upper_step) {
+  int d[kHeadBlocks][2][4];
+  value_products(d, lower_digits, upper_digits, weights);
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
-    const float lower = weight_scale[b] * kScale, upper = lower * kUpper;
-    float* out = output[b] + 8 * kPiece;
+    const float lower = weight_unit[b] * lower_step, upper = weight_unit[b] * upper_step;
+    float* out = output[b] + 4 * kPiece;
 #pragma unroll
-    for (int j = 0; j < kPieceChannels<kPiece>; ++j) {
+    for (int j = 0; j < 2; ++j) {
       out[2 * j] = fmaf(lower, static_cast<float>(joined(d[b][j][0], d[b][j][1])), out[2 * j]);
       out[2 * j + 1] =
           fmaf(upper, static_cast<float>(joined(d[b][j][2], d[b][j][3])), out[2 * j + 1]);

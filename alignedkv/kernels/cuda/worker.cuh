@@ -128,11 +128,22 @@ class Worker {
   __device__ __forceinline__ void add_values();
   __device__ __forceinline__ float round_weight(
       u16* digits, float weight, float largest, float& lost) const;
-  __device__ __forceinline__ void load_weights(const u16 (*numbers)[kTile + 16]);
+  __device__ __forceinline__ bool leave_weights(int planes);
+  __device__ __forceinline__ void load_weights(int pass);
+  template <class Body>
+  __device__ __forceinline__ void with_weights(bool has_fine_weights, Body body);
   template <int kPiece>
-  __device__ __forceinline__ void add_piece();
+  __device__ __forceinline__ void add_two_planes(const ValueRows<kWidths[0]>& first,
+                                                 const ValueRows<kWidths[1]>& second);
   template <int kPlane, int kPiece>
-  __device__ __forceinline__ void add_late_values();
+  __device__ __forceinline__ void add_plane(const ValueRows<kWidths[kPlane]>& rows);
+  template <int kPlane, int kPiece>
+  __device__ __forceinline__ void add_half(const ValueRows<4>& rows, bool is_upper);
+  template <int kPlane>
+  __device__ __forceinline__ void add_late_plane(u32 wanted, bool has_fine_weights);
+  template <int kPiece>
+  __device__ __forceinline__ void add_products(
+      const Operands& lower_digits, const Operands& upper_digits, float lower_step, float upper_step);
   __device__ __forceinline__ void clear_second_values();
   __device__ __forceinline__ void add_exact_rows(const Range& range, int split, int splits);
   __device__ __forceinline__ void leave_sums();
@@ -161,8 +172,7 @@ class Worker {
 
   // The rows whose products are being added.
   u32 weights[kHeadBlocks][2];
-  float weight_scale[kHeadBlocks];
-  u32 value_rows[kStoredPlanes];  // that have so many planes: masks over the queue
+  float weight_unit[kHeadBlocks];
 
   float output[kHeadBlocks][kOutputs] = {};
   float total[kGroup] = {};       // sum of weights
