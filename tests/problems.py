@@ -200,6 +200,9 @@ RECIPES: dict[str, Recipe] = {
     "d80-g1": recipe(shape={"head_dim": 80, "group": 1}, policy=DETERMINISTIC),
     "d96-g5": recipe(shape={"head_dim": 96, "group": 5}),
     "d128-g16": recipe(shape={"head_dim": 128, "group": 16, "kv_heads": 1}),
+    "g10-in-parts": recipe(
+        spec={"sinks": True}, policy={**DETERMINISTIC, "exact_first": 2}, shape={"group": 10}
+    ),
     "d192": recipe(shape={"head_dim": 192, "batch": 1}, policy=STATISTICAL),
     "d256-p256": recipe(shape={"head_dim": 256}, policy={"dither_rows": 256}),
     "4|4|8": recipe(policy={**DETERMINISTIC, "key_layout": "4|4|8", "value_layout": "4|4|8"}),

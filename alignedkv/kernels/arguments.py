@@ -91,6 +91,7 @@ def _sizes(
         "Hkv": kv_heads,
         "H": kv_heads * spec.group,
         "G": spec.group,
+        "subgroups": spec.subgroups,
         "T": rows[2] if spec.page_tokens is None else max_pages * spec.page_tokens,
         "D": head_dim,
         "C": spec.channels,

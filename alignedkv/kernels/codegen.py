@@ -97,9 +97,11 @@ def prologue(spec: DecodeSpec, config: DecodeConfig) -> str:
         for name in names:
             value = getattr(part, name)
             if not isinstance(value, PlaneLayout):
-                lines.append(_constant(name, value))
+                lines.append(_constant("whole_group" if name == "group" else name, value))
     lines += [
         "// What follows from them",
+        _constant("group", spec.subgroup),
+        _constant("subgroups", spec.subgroups),
         _constant("channels", spec.channels),
         _constant("hadamard_block", hadamard_block(spec.channels)),
         _constant("planes", len(spec.layout)),

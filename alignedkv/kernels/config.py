@@ -156,7 +156,7 @@ def splits_per_head(
     Parameters
     ----------
     heads : int
-        KV heads of the batch, B Hkv.
+        KV heads of the batch, B Hkv, times subgroups of their queries.
     capacity : int
         Most tokens of a sequence.
 

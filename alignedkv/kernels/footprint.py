@@ -28,7 +28,7 @@ _ESTIMATE_SUMS, _CERTAIN_SUMS = 2, 4
 
 def padded_heads(spec: DecodeSpec) -> int:
     """Query heads of a group as tensor-core columns have them: in blocks of four."""
-    return -(-spec.group // 4) * 4
+    return -(-spec.subgroup // 4) * 4
 
 
 def query_bytes(spec: DecodeSpec) -> int:
@@ -41,7 +41,7 @@ def partial_floats(spec: DecodeSpec) -> int:
     """Floats of ``Partial``: what a block leaves for the one that merges."""
     heads = padded_heads(spec)
     per_head = spec.dither_rows + _sums(spec) + 2
-    return spec.group * spec.channels + heads * per_head
+    return spec.subgroup * spec.channels + heads * per_head
 
 
 def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
@@ -53,7 +53,7 @@ def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     outputs = config.warps * 4 * (spec.channels + 1) * 4
     merge = (
         4 * partial_floats(spec)
-        + 4 * spec.group * spec.channels * _dither_shares(spec, config)
+        + 4 * spec.subgroup * spec.channels * _dither_shares(spec, config)
         + 4 * MAX_SPLITS * heads
     )
     alignment = _tile_alignment(spec)

@@ -192,7 +192,7 @@ def decode(
     check_query(spec, cache, query, state, sinks)
     queries = to_float32(query, spec.query_dtype).astype(np.float64)
     batch, heads, _ = query.shape
-    kv_heads, group = heads // spec.group, spec.group
+    kv_heads = heads // spec.group
     output = np.zeros(query.shape)
     bounds, sizes = np.zeros((batch, heads)), np.zeros((batch, heads))
     missed = np.zeros((batch, heads), np.uint8)
@@ -201,8 +201,8 @@ def decode(
     step = int(state.step[0])
 
     for b in range(batch):
-        for h in range(kv_heads):
-            mine = slice(h * group, (h + 1) * group)
+        for first in range(0, heads, spec.subgroup):
+            h, mine = first // spec.group, slice(first, first + spec.subgroup)
             key = stream_key(arguments.seed, step, b * kv_heads + h)
             hints = read_hints(state, b, mine, key)
             logits = None if sinks is None else np.asarray(sinks, np.float64)[mine]
@@ -213,7 +213,7 @@ def decode(
             output[b, mine] = answer.output
             bounds[b, mine], sizes[b, mine] = answer.bound, answer.size
             missed[b, mine] = gone
-            reads[b, h] = answer.reads
+            reads[b, h] += answer.reads.astype(np.uint32)
             with np.errstate(over="ignore"):
                 for name, hint in following.items():
                     hint[b, mine] = getattr(hints, name)

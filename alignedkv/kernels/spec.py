@@ -12,6 +12,8 @@ HEAD_DIMS = (64, 80, 96, 128, 192, 256)
 LAYOUTS = ("4|4|4|4", "4|4|8", "4|2|2|8")
 DTYPES = ("float16", "bfloat16", "float32")
 MAX_GROUP = 16
+#: Query heads that are decoded together at most: what a warp has registers for.
+MAX_SUBGROUP = 8
 MIN_STORED_PLANES = 2
 PAGE_TOKENS = (16, 32, 64, 128, 256)
 MAX_TOKENS = 1 << 20
@@ -26,7 +28,7 @@ class DecodeSpec:
     head_dim : int
         D.
     group : int
-        G = query heads per KV head, 1 to 16.
+        G = query heads per KV head, 1 to 16.  More than 8 are decoded in parts (`subgroup`).
     query_dtype : str
         Of the query and the output.
     row_dtype : str
@@ -93,6 +95,20 @@ class DecodeSpec:
     def channels(self) -> int:
         """Channels of a stored row: head_dim padded to a multiple of 32."""
         return padded_channels(self.head_dim)
+
+    @property
+    def subgroup(self) -> int:
+        """Query heads that are planned and decoded together: the group, or equal parts of it.
+
+        The largest divisor of the group up to `MAX_SUBGROUP`.  Each part has a plan of its own and
+        reads for itself what it wants, so that a row may be read, and counts, more than once.
+        """
+        return max(n for n in range(1, MAX_SUBGROUP + 1) if self.group % n == 0)
+
+    @property
+    def subgroups(self) -> int:
+        """Parts of a group that are decoded apart."""
+        return self.group // self.subgroup
 
     @classmethod
     def from_policy(

@@ -26,7 +26,7 @@ class Workspace:
     outputs : dict of str to array
         Fields of `DecodeResult` without the state; overwritten by every step.
     splits : int
-        Blocks per KV head.
+        Blocks per KV head, or per subgroup of its queries.
     packed : dict
         Structs as the last step packed them, with the objects that they were packed from: a step
         with the same cache and state need not look at their arrays again.
@@ -59,8 +59,9 @@ def allocate_workspace(
         ``zeros(shape, dtype)`` -> zeroed array on the cache's GPU (`storage.allocate`).
     """
     batch, kv_heads = int(cache.key_mean.shape[0]), int(cache.key_mean.shape[1])
+    heads = batch * kv_heads * spec.subgroups
     capacity = Sizes.of(spec, cache).names["T"]
-    splits = splits_per_head(config, target, heads=batch * kv_heads, capacity=capacity)
+    splits = splits_per_head(config, target, heads=heads, capacity=capacity)
     sizes = Sizes.of(spec, cache, splits=splits)
     return Workspace(
         scratch=allocate_struct("Workspace", spec, sizes, zeros),

@@ -106,11 +106,11 @@ def decode(
     """
     check_query(spec, cache, query, state, sinks)
     batch, heads, _ = query.shape
-    kv_heads = heads // spec.group
+    parts = heads // spec.subgroup
     output = np.empty(query.shape)
     answer = np.zeros((3, batch, heads), np.float32)
     hints = np.zeros((len(HEAD_HINTS), batch, heads), np.float32)
-    reads = np.zeros((batch, kv_heads, 2, spec.stored_planes), np.uint32)
+    reads = np.zeros((batch, parts, 2, spec.stored_planes), np.uint32)
     model = arithmetic.cpu(spec.channels, tile=tile.TILE)
     step.decode_step(
         _flat(cache.key_planes),
@@ -130,7 +130,7 @@ def decode(
         np.stack([getattr(state, name) for name in HEAD_HINTS]),
         int(state.step[0]),
         _NO_SINKS if sinks is None else sinks,
-        splits or _splits(batch * kv_heads, int(cache.lengths.max())),
+        splits or _splits(batch * parts, int(cache.lengths.max())),
         output,
         answer,
         hints,
@@ -143,7 +143,7 @@ def decode(
         bound=bound,
         size=size,
         missed=missed.astype(np.uint8),
-        reads=reads,
+        reads=reads.reshape(batch, -1, spec.subgroups, *reads.shape[2:]).sum(2, dtype=np.uint32),
         state=HeadState(**following, step=state.step + np.uint32(1)),
     )
 

@@ -63,23 +63,26 @@ def decode_step(
     output,  # float64 [B, H, D], written
     answer,  # float32 [3, B, H], written: bound, size, missed
     hints,  # float32 [HEAD_HINTS, B, H], written
-    reads,  # uint32 [B, Hkv, 2, N], added to
+    reads,  # uint32 [B, subgroups, 2, N], added to
 ):
-    """Decode one token of every sequence; repeat, finer, the KV heads whose bound missed."""
+    """Decode one token of every sequence; repeat, finer, what holds a head whose bound missed.
+
+    A place is a subgroup of the query heads of one KV head of one sequence.
+    """
     batch, heads, head_dim = query.shape
-    kv_heads = stored.heads
-    group, channels = heads // kv_heads, len(signs)
+    parts, channels = reads.shape[1], len(signs)
+    group, shared = heads // parts, parts // stored.heads
     classes = stored.dither.shape[1]
-    places = batch * kv_heads
+    places = batch * parts
     queries = np.zeros((places, group, channels), np.float32)
     exact_queries = np.zeros((places, group, head_dim))
     products = np.zeros((places, group, classes))
     facts = np.zeros((places, group, FACTS))
     for place in numba.prange(places):
-        b, h = place // kv_heads, place % kv_heads
+        b, h, at = place // parts, place % parts // shared, place % parts * group
         _prepare(
             step, query, key_mean, balance, signs, block, score_error, refined_error, told,
-            stored.dither, b, h, queries[place], exact_queries[place], products[place],
+            stored.dither, b, h, at, queries[place], exact_queries[place], products[place],
             facts[place],
         )  # fmt: skip
         start, length = _range(step, lengths, starts, b)
@@ -97,11 +100,11 @@ def decode_step(
         for task in numba.prange(places * splits):
             place, i = task // splits, task % splits
             if active[place]:
-                b, h = place // kv_heads, place % kv_heads
+                b, h = place // parts, place % parts // shared
                 start, length = _range(step, lengths, starts, b)
                 piece = (length - start + splits - 1) // splits
                 begin = min(start + i * piece, length)
-                key = _stream_key(step.seed, counter, place)
+                key = _stream_key(step.seed, counter, place // shared)
                 head = Head(
                     queries[place], exact_queries[place], products[place], facts[place], key
                 )
@@ -117,14 +120,15 @@ def decode_step(
                 )  # fmt: skip
         for place in numba.prange(places):
             if active[place]:
-                b, h = place // kv_heads, place % kv_heads
+                b, part = place // parts, place % parts
                 for i in range(splits):
                     for side in range(2):
                         for n in range(stored.stored):
-                            reads[b, h, side, n] += np.uint32(counts[place, i, side, n])
+                            reads[b, part, side, n] += np.uint32(counts[place, i, side, n])
                 missed = _finish(
                     stored.value_mean, step, facts[place], tops[place], sums[place],
-                    kinds[place], outs[place], b, h, sinks, attempt, output, answer, hints,
+                    kinds[place], outs[place], b, part // shared, part * group, sinks, attempt,
+                    output, answer, hints,
                 )  # fmt: skip
                 start, length = _range(step, lengths, starts, b)
                 active[place] = missed and length > start
@@ -159,14 +163,14 @@ def _stream_key(seed, counter, place):
 @compiled
 def _prepare(
     step, query, key_mean, balance, signs, block, score_error, refined_error, told, dither, b, h,
-    queries, exact_queries, products, facts,
+    first, queries, exact_queries, products, facts,
 ):  # fmt: skip
-    """q', its norms, C_s and the hints of the G heads of one KV head."""
+    """q', its norms, C_s and the hints of G query heads of a KV head, from ``first`` on."""
     group, channels = queries.shape
     head_dim = query.shape[2]
     stages = np.log2(np.float64(block)) + 1.0
     for g in range(group):
-        at = h * group + g
+        at = first + g
         turned = np.zeros(channels)
         base = 0.0
         for i in range(head_dim):
@@ -198,9 +202,10 @@ def _prepare(
 
 @compiled
 def _finish(
-    value_mean, step, facts, tops, sums, kinds, outs, b, h, sinks, attempt, output, answer, hints
-):
-    """Merge the splits of the G heads, bound them, and set the hints of a repair.
+    value_mean, step, facts, tops, sums, kinds, outs, b, h, first, sinks, attempt, output, answer,
+    hints,
+):  # fmt: skip
+    """Merge the splits of G heads from ``first`` on, bound them, set the hints of a repair.
 
     Returns
     -------
@@ -215,7 +220,7 @@ def _finish(
         mean_size = max(mean_size, abs(np.float64(mean[i])))
     again = False
     for g in range(group):
-        at = h * group + g
+        at = first + g
         top = -np.inf
         for i in range(len(tops)):
             top = max(top, tops[i, g])

@@ -94,7 +94,7 @@ class Step(NamedTuple):
 
 
 class Head(NamedTuple):
-    """One KV head's G queries."""
+    """G queries of one KV head."""
 
     queries: Any  # q' float32 [G, C]
     exact_queries: Any  # q float64 [G, D]

@@ -1,7 +1,7 @@
 // One decode step of attention over digit planes (theory.md 9), split over the tokens.
 //
-// Grid (splits, B Hkv).  A warp works alone on tiles of 32 tokens (worker.cuh).  The last block of a
-// head merges (merge.cuh).
+// Grid (splits, B Hkv kSubgroups): a head here is a subgroup of the queries of a KV head (spec.py).  A
+// warp works alone on tiles of 32 tokens (worker.cuh).  The last block of a head merges (merge.cuh).
 
 #include "arguments.cuh"
 #include "bounds.cuh"
@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   __syncthreads();
   leave_outputs(worker, shared, part);
   leave_block_sums(shared, part);
-  u32* reads = a.result.reads + of_head * 2 * kStoredPlanes;
+  u32* reads = a.result.reads + of_head / kSubgroups * 2 * kStoredPlanes;
   if (threadIdx.x < 2 * kStoredPlanes && shared.reads[threadIdx.x]) {
     atomicAdd(reads + threadIdx.x, shared.reads[threadIdx.x]);
   }

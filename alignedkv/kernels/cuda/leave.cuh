@@ -24,7 +24,8 @@ __device__ __forceinline__ void Worker::add_exact_rows(
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
       float q[kPerLane], dot = 0;
-      load_row<kQueryDtype>(q, a.query + (of_head * kGroup + g) * kHeadDim);
+      const i64 query_head = (of_head * kSubgroups + part) * kGroup + g;
+      load_row<kQueryDtype>(q, a.query + query_head * kHeadDim);
 #pragma unroll
       for (int k = 0; k < kPerLane; ++k) dot = fmaf(q[k], x[k], dot);
       dot = warp_sum(dot) * a.step.scaling;

@@ -192,7 +192,7 @@ __device__ __forceinline__ bool answer(
   const float hint = shared.constants[kHint][g], top = empty ? 0.0f : whole.reference[g];
   float logit = __int_as_float(0xff800000), sink = 0;
   if constexpr (kSinks) {
-    logit = a.sinks[query_head % (a.cache.kv_heads * kGroup)];
+    logit = a.sinks[query_head % (a.cache.kv_heads * kWholeGroup)];
     sink = empty ? 0.0f : exp2_fast(fmaf(logit, kLog2e, -hint - top));
   }
   const float total = whole.sums[kTotal][g] + sink;
@@ -210,7 +210,7 @@ __device__ __forceinline__ bool answer(
     constexpr float kUnitOfDither = 1.0f / (1 << (kScaleShift + kDitherFractionBits));
     const float centred =
         (fmaf(-kUnitOfDither, correction, whole.output[g][channel]) + constant) * inverse;
-    const float mean = a.cache.value_mean[of_head * kHeadDim + channel];
+    const float mean = a.cache.value_mean[of_head / kSubgroups * kHeadDim + channel];
     const float rest = empty ? -mean : fmaf(-sink * inverse, mean, centred);
     float output = mean + rest;
     if (shared.query.length < 0) output = __int_as_float(0x7fc00000);

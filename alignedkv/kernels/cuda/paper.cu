@@ -176,30 +176,30 @@ extern "C" __global__ void __launch_bounds__(kWarpSize)
 // which on weights are read in full.  grid: (1, B * Hkv); block: D
 extern "C" __global__ void __launch_bounds__(kHeadDim)
     paper_plan(const __grid_constant__ PaperArguments a) {
-  __shared__ int largest[kGroup], smallest[kGroup];
+  __shared__ int largest[kWholeGroup], smallest[kWholeGroup];
   __shared__ int planes[kHeadDim];
   const Head head = head_of_block(a);
   const int c = threadIdx.x;
   const int key = exponent(a.key_largest[head.index * kHeadDim + c]);
   const int value = exponent(a.value_largest[head.index * kHeadDim + c]);
-  const QueryBits* queries = a.query + head.index * kGroup * kHeadDim;
-  int mine[kGroup];
-  if (c < kGroup) largest[c] = -1000, smallest[c] = 1000;
+  const QueryBits* queries = a.query + head.index * kWholeGroup * kHeadDim;
+  int mine[kWholeGroup];
+  if (c < kWholeGroup) largest[c] = -1000, smallest[c] = 1000;
   __syncthreads();
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
+  for (int g = 0; g < kWholeGroup; ++g) {
     mine[g] = exponent(fabsf(to_float<kQueryDtype>(queries[g * kHeadDim + c]))) + key;
     atomicMax(&largest[g], mine[g]);
     // A weight moves channel c by up to 2^(its exponent + value): compared with half of the output.
-    const i64 of_head = head.index * kGroup + g;
+    const i64 of_head = head.index * kWholeGroup + g;
     const int output = exponent(fabsf(a.expected[of_head * kHeadDim + c]));
     atomicMin(&smallest[g], output - 1 - value);
   }
   __syncthreads();
-  if (c < kGroup) a.value_exponent[head.index * kGroup + c] = smallest[c];
+  if (c < kWholeGroup) a.value_exponent[head.index * kWholeGroup + c] = smallest[c];
   int wanted = 1;
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
+  for (int g = 0; g < kWholeGroup; ++g) {
     const int gap = largest[g] - mine[g];
     wanted = max(wanted, planes_of_gap(gap, a.key_gap_of_two, a.key_gap_of_one));
   }
@@ -223,15 +223,15 @@ extern "C" __global__ void __launch_bounds__(kHeadDim)
 // ---- scores ---------------------------------------------------------------------------------------
 
 struct ScoreShared {
-  float query[kHeadDim][kGroup];  // in the order of the channels
+  float query[kHeadDim][kWholeGroup];  // in the order of the channels
   int order[kHeadDim];
-  float largest[kPaperWarps][kGroup], sum[kPaperWarps][kGroup];
+  float largest[kPaperWarps][kWholeGroup], sum[kPaperWarps][kWholeGroup];
 };
 
 // Add channels first .. end - 1 of the order to the scores of a lane's four tokens.
 template <int kRead>
 __device__ __forceinline__ void add_channels(
-    float (&scores)[kGroup][kPaperVector], const PaperArguments& a, const ScoreShared& shared,
+    float (&scores)[kWholeGroup][kPaperVector], const PaperArguments& a, const ScoreShared& shared,
     i64 head, int tile, int first, int end) {
   const Planes keys(a.key_high, a.key_middle, a.key_low);
 #pragma unroll 8
@@ -243,7 +243,7 @@ __device__ __forceinline__ void add_channels(
     float k[kPaperVector];
     assemble<kRead>(k, high, middle, low);
 #pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
+    for (int g = 0; g < kWholeGroup; ++g) {
 #pragma unroll
       for (int j = 0; j < kPaperVector; ++j) scores[g][j] += shared.query[i][g] * k[j];
     }
@@ -262,25 +262,25 @@ extern "C" __global__ void __launch_bounds__(kPaperThreads)
   for (int i = threadIdx.x; i < kHeadDim; i += kPaperThreads) {
     const int c = a.channel_order[head.index * kHeadDim + i];
     shared.order[i] = c;
-    for (int g = 0; g < kGroup; ++g) {
-      const QueryBits q = a.query[(head.index * kGroup + g) * kHeadDim + c];
+    for (int g = 0; g < kWholeGroup; ++g) {
+      const QueryBits q = a.query[(head.index * kWholeGroup + g) * kHeadDim + c];
       shared.query[i][g] = to_float<kQueryDtype>(q) * a.scaling;
     }
   }
   __syncthreads();
-  float largest[kGroup], sum[kGroup];
+  float largest[kWholeGroup], sum[kWholeGroup];
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) largest[g] = -infinity(), sum[g] = 0;
+  for (int g = 0; g < kWholeGroup; ++g) largest[g] = -infinity(), sum[g] = 0;
   const int tiles = (length + kPaperTile - 1) / kPaperTile;
   for (int tile = blockIdx.x * kPaperWarps + warp; tile < tiles; tile += gridDim.x * kPaperWarps) {
-    float scores[kGroup][kPaperVector] = {};
+    float scores[kWholeGroup][kPaperVector] = {};
     add_channels<3>(scores, a, shared, head.index, tile, 0, with_three);
     add_channels<2>(scores, a, shared, head.index, tile, with_three, with_two);
     add_channels<1>(scores, a, shared, head.index, tile, with_two, kHeadDim);
     const int token = tile * kPaperTile + kPaperVector * lane;
 #pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-      float* out = a.scores + (head.index * kGroup + g) * a.capacity + token;
+    for (int g = 0; g < kWholeGroup; ++g) {
+      float* out = a.scores + (head.index * kWholeGroup + g) * a.capacity + token;
       float here = largest[g];
 #pragma unroll
       for (int j = 0; j < kPaperVector; ++j) {
@@ -296,20 +296,20 @@ extern "C" __global__ void __launch_bounds__(kPaperThreads)
     }
   }
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
+  for (int g = 0; g < kWholeGroup; ++g) {
     const float top = warp_max(largest[g]);
     const float all = warp_sum(top == -infinity() ? 0 : sum[g] * __expf(largest[g] - top));
     if (lane == 0) shared.largest[warp][g] = top, shared.sum[warp][g] = all;
   }
   __syncthreads();
-  if (threadIdx.x >= kGroup) return;
+  if (threadIdx.x >= kWholeGroup) return;
   const int g = threadIdx.x;
   float top = -infinity(), all = 0;
   for (int w = 0; w < kPaperWarps; ++w) top = fmaxf(top, shared.largest[w][g]);
   for (int w = 0; w < kPaperWarps && top > -infinity(); ++w) {
     all += shared.sum[w][g] * __expf(shared.largest[w][g] - top);
   }
-  const i64 at = (head.index * kGroup + g) * a.splits + blockIdx.x;
+  const i64 at = (head.index * kWholeGroup + g) * a.splits + blockIdx.x;
   a.split_largest[at] = top;
   a.split_sum[at] = all;
 }
@@ -317,9 +317,9 @@ extern "C" __global__ void __launch_bounds__(kPaperThreads)
 // ---- values ---------------------------------------------------------------------------------------
 
 struct ValueShared {
-  float largest[kGroup], inverse_sum[kGroup];
-  float weights[kPaperWarps][kWarpSize][kGroup];
-  float output[kGroup][kHeadDim];
+  float largest[kWholeGroup], inverse_sum[kWholeGroup];
+  float weights[kPaperWarps][kWarpSize][kWholeGroup];
+  float output[kWholeGroup][kHeadDim];
 };
 
 // Weighted values of a split's tokens.  grid: (splits, B * Hkv)
@@ -330,8 +330,8 @@ extern "C" __global__ void __launch_bounds__(kPaperThreads)
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int length = a.lengths[head.sequence];
   const Planes values(a.value_high, a.value_middle, a.value_low);
-  for (int g = warp; g < kGroup; g += kPaperWarps) {
-    const i64 of_head = head.index * kGroup + g;
+  for (int g = warp; g < kWholeGroup; g += kPaperWarps) {
+    const i64 of_head = head.index * kWholeGroup + g;
     float top = -infinity(), all = 0;
     for (int s = lane; s < a.splits; s += kWarpSize) {
       top = fmaxf(top, a.split_largest[of_head * a.splits + s]);
@@ -346,22 +346,22 @@ extern "C" __global__ void __launch_bounds__(kPaperThreads)
       shared.largest[g] = top, shared.inverse_sum[g] = 1 / all;
     }
   }
-  for (int i = threadIdx.x; i < kGroup * kHeadDim; i += kPaperThreads) {
+  for (int i = threadIdx.x; i < kWholeGroup * kHeadDim; i += kPaperThreads) {
     shared.output[i / kHeadDim][i % kHeadDim] = 0;
   }
   __syncthreads();
 
-  float output[kGroup][kPaperVector] = {};
+  float output[kWholeGroup][kPaperVector] = {};
   u32 with_two = 0, with_three = 0;
   const int step = gridDim.x * kPaperWarps * kWarpSize;
   for (int first = (blockIdx.x * kPaperWarps + warp) * kWarpSize; first < length; first += step) {
     const int token = first + lane;
     const bool valid = token < length;
     int planes = 1;
-    float (&weights)[kWarpSize][kGroup] = shared.weights[warp];
+    float (&weights)[kWarpSize][kWholeGroup] = shared.weights[warp];
 #pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-      const i64 of_head = head.index * kGroup + g;
+    for (int g = 0; g < kWholeGroup; ++g) {
+      const i64 of_head = head.index * kWholeGroup + g;
       const float score = valid ? a.scores[of_head * a.capacity + token] : -infinity();
       const float weight = __expf(score - shared.largest[g]) * shared.inverse_sum[g];
       const float gap = a.value_exponent[of_head] - linear_log2(weight);
@@ -384,7 +384,7 @@ extern "C" __global__ void __launch_bounds__(kPaperThreads)
       float v[kPaperVector];
       assemble<3>(v, high, middle, low);  // the middle of what was not read stands in its place
 #pragma unroll
-      for (int g = 0; g < kGroup; ++g) {
+      for (int g = 0; g < kWholeGroup; ++g) {
 #pragma unroll
         for (int j = 0; j < kPaperVector; ++j) output[g][j] += weights[i][g] * v[j];
       }
@@ -392,7 +392,7 @@ extern "C" __global__ void __launch_bounds__(kPaperThreads)
     __syncwarp();
   }
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
+  for (int g = 0; g < kWholeGroup; ++g) {
 #pragma unroll
     for (int j = 0; j < kPaperVector; ++j) {
       atomicAdd(&shared.output[g][kPaperVector * lane + j], output[g][j]);
@@ -404,8 +404,8 @@ extern "C" __global__ void __launch_bounds__(kPaperThreads)
     if (with_three) atomicAdd(reads + 2, with_three);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < kGroup * kHeadDim; i += kPaperThreads) {
-    const i64 of_head = head.index * kGroup + i / kHeadDim;
+  for (int i = threadIdx.x; i < kWholeGroup * kHeadDim; i += kPaperThreads) {
+    const i64 of_head = head.index * kWholeGroup + i / kHeadDim;
     const i64 at = (of_head * a.splits + blockIdx.x) * kHeadDim + i % kHeadDim;
     a.partial_output[at] = shared.output[i / kHeadDim][i % kHeadDim];
   }
@@ -414,7 +414,7 @@ extern "C" __global__ void __launch_bounds__(kPaperThreads)
 // Sum over the splits.  grid: (G, B * Hkv); block: D
 extern "C" __global__ void __launch_bounds__(kHeadDim)
     paper_merge(const __grid_constant__ PaperArguments a) {
-  const i64 of_head = static_cast<i64>(blockIdx.y) * kGroup + blockIdx.x;
+  const i64 of_head = static_cast<i64>(blockIdx.y) * kWholeGroup + blockIdx.x;
   const float* partial = a.partial_output + of_head * a.splits * kHeadDim + threadIdx.x;
   float sum = 0;
   for (int s = 0; s < a.splits; ++s) sum += partial[s * kHeadDim];

@@ -48,11 +48,10 @@ __device__ __forceinline__ float warp_sum(float x) {
 
 // One warp: query head -> its numbers and 16-bit integers.
 __device__ void turn_query(
-    const DecodeArguments& a, PrepareShared& shared, Query& query, int sequence, int kv_head, int g) {
+    const DecodeArguments& a, PrepareShared& shared, Query& query, i64 of_head, int part, int g) {
   const int lane = lane_of_thread();
-  const i64 of_head = head_index(a.cache, sequence, kv_head);
   float x[kPerLane];
-  load_row<kQueryDtype>(x, a.query + (of_head * kGroup + g) * kHeadDim);
+  load_row<kQueryDtype>(x, a.query + ((of_head * kSubgroups + part) * kGroup + g) * kHeadDim);
   float base = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
@@ -183,10 +182,9 @@ __device__ __forceinline__ void class_products(
   }
 }
 
-// The warps that turn queries: digits, numbers and class products of a KV head.
+// The warps that turn queries: digits, numbers and class products of a part of a KV head's group.
 __device__ __forceinline__ void turn_queries(
-    const DecodeArguments& a, PrepareShared& shared, Query& query, int sequence, int kv_head,
-    int warp) {
+    const DecodeArguments& a, PrepareShared& shared, Query& query, i64 of_head, int part, int warp) {
   const int lane = lane_of_thread();
   for (int g = kGroup + warp; g < kHeads; g += kQueryWarps) {
     for (int c = lane; c < kChannels; c += 32) shared.numbers[g][c] = 0;
@@ -194,7 +192,7 @@ __device__ __forceinline__ void turn_queries(
     if (lane < kNumbers) query.numbers[lane][g] = 0;
   }
   for (int g = warp; g < kGroup; g += kQueryWarps) {
-    turn_query(a, shared, query, sequence, kv_head, g);
+    turn_query(a, shared, query, of_head, part, g);
   }
   await_query_warps();
   for (int i = threadIdx.x; i < kHeadBlocks * kSlots * 32; i += 32 * kQueryWarps) {
@@ -225,13 +223,16 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
   await_previous_kernel();
   release_next_kernel();
 
-  Query& query = reinterpret_cast<Query*>(a.workspace.queries)[of_head];
+  Query* queries = reinterpret_cast<Query*>(a.workspace.queries) + of_head * kSubgroups;
   const int before = a.cache.lengths[sequence], length = before + a.rows.tokens;
   const u32 step = *a.state.step;
   const bool fits = !overfull(a.cache, length);
   if (warp == 0 && lane == 0) {
-    query.length = fits ? length : -1;
-    query.stream = mix(mix(mix(a.step.seed + kSpread) ^ step) ^ static_cast<u32>(of_head));
+    for (int part = 0; part < kSubgroups; ++part) {
+      queries[part].length = fits ? length : -1;
+      queries[part].stream =
+          mix(mix(mix(a.step.seed + kSpread) ^ step) ^ static_cast<u32>(of_head));
+    }
   }
   const Range range = Range::of(a.cache.starts[sequence], fits ? length : 0, a.step.window);
   NearRows near;
@@ -270,21 +271,29 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
       }
     }
   } else {
-    turn_queries(a, shared, query, sequence, kv_head, warp);
+    for (int part = 0; part < kSubgroups; ++part) {
+      if (part > 0) await_query_warps();
+      turn_queries(a, shared, queries[part], of_head, part, warp);
+    }
   }
   if constexpr (!kUsesNearRows) {
-    if (threadIdx.x < kGroup) {
-      query.numbers[kLogZ][threadIdx.x] = a.state.log_z[of_head * kGroup + threadIdx.x];
+    if (threadIdx.x < kWholeGroup) {
+      float(&numbers)[kNumbers][kHeads] = queries[threadIdx.x / kGroup].numbers;
+      numbers[kLogZ][threadIdx.x % kGroup] = a.state.log_z[of_head * kWholeGroup + threadIdx.x];
     }
     return;
   }
   await_copies<0>();
   __syncthreads();  // queries, the new row and the fetched ones are there
-  if (warp < kNearTiles) {
-    near.add_up(a, sequence, kv_head, query, shared.tiles[warp], shared.near[warp]);
-  }
-  __syncthreads();
-  if (threadIdx.x < kGroup) {
-    set_hint(a, shared.near, query, of_head * kGroup + threadIdx.x, threadIdx.x);
+  for (int part = 0; part < kSubgroups; ++part) {
+    if (part > 0) __syncthreads();
+    if (warp < kNearTiles) {
+      near.add_up(a, sequence, kv_head, queries[part], shared.tiles[warp], shared.near[warp]);
+    }
+    __syncthreads();
+    if (threadIdx.x < kGroup) {
+      const i64 query_head = (of_head * kSubgroups + part) * kGroup + threadIdx.x;
+      set_hint(a, shared.near, queries[part], query_head, threadIdx.x);
+    }
   }
 }

@@ -88,8 +88,9 @@ class Worker {
       : a(arguments),
         block(shared),
         mine(shared.tiles[warp]),
-        sequence(of_head / arguments.cache.kv_heads),
-        head(of_head % arguments.cache.kv_heads),
+        sequence(of_head / kSubgroups / arguments.cache.kv_heads),
+        head(of_head / kSubgroups % arguments.cache.kv_heads),
+        part(of_head % kSubgroups),
         warp(warp),
         lane(lane_of_thread()),
         r(lane_of_thread() / 4),
@@ -166,7 +167,7 @@ class Worker {
   const DecodeArguments& a;
   DecodeShared& block;
   WarpTiles& mine;
-  const int sequence, head, warp, lane, r, c;
+  const int sequence, head, part, warp, lane, r, c;
 
   int queued_keys = 0, queued_values = 0;
 

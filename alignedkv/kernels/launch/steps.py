@@ -231,7 +231,7 @@ def _run(
             "decode.cu",
             "decode",
             packed,
-            grid=(workspace.splits, batch * kv_heads),
+            grid=(workspace.splits, batch * kv_heads * spec.subgroups),
             block=(WARP * config.warps, 1),
             shared_bytes=shared_bytes(spec, config),
             overlapping=True,

@@ -160,12 +160,13 @@ def launch_arguments(
     if splits is None:
         splits = _splits(spec, cache)
     batch, kv_heads, head_dim = cache.key_mean.shape
-    places, group = batch * kv_heads, spec.group
+    group, homes = spec.subgroup, batch * kv_heads
+    places = homes * spec.subgroups
     signs, lengths = _seen("signs", cache.signs), _seen("lengths", cache.lengths)
     seen_query = _seen("query", query).reshape((places, group, head_dim))
 
-    def of_places(name: str, array: Array) -> Array:
-        return _seen(name, array).reshape((places, *array.shape[2:]))
+    def of_homes(name: str, array: Array) -> Array:
+        return _seen(name, array).reshape((homes, *array.shape[2:]))
 
     def of_heads(name: str) -> Array:
         return _seen(f"state.{name}", getattr(state, name)).reshape((places, group))
@@ -178,7 +179,7 @@ def launch_arguments(
     values = rows("value_planes")
     missing = 4 - spec.stored_planes
     exact = [
-        seen_query if array is None else of_places(name, array)
+        seen_query if array is None else of_homes(name, array)
         for name, array in (
             ("exact_keys", cache.exact_keys),
             ("exact_values", cache.exact_values),
@@ -189,9 +190,9 @@ def launch_arguments(
         key_planes=(*keys, *keys[:1] * missing),
         value_planes=(*values, *values[:1] * missing),
         scales=_seen("scales", cache.scales).reshape((-1,)),
-        key_mean=of_places("key_mean", cache.key_mean),
-        balance=of_places("balance", cache.balance),
-        value_mean=of_places("value_mean", cache.value_mean),
+        key_mean=of_homes("key_mean", cache.key_mean),
+        balance=of_homes("balance", cache.balance),
+        value_mean=of_homes("value_mean", cache.value_mean),
         signs=signs,
         dither=_seen("dither", cache.dither),
         lengths=lengths,
@@ -240,7 +241,7 @@ def launch_arguments(
         bound=_new(heads, "float32"),
         size=_new(heads, "float32"),
         missed=_new(heads, "uint8"),
-        reads=_new((places, 2, spec.stored_planes), "uint32"),
+        reads=_new((homes, 2, spec.stored_planes), "uint32"),
         **{name: _new(heads, "float32") for name in HEAD_HINTS},
         step=_new((1,), "uint32"),
     )
@@ -252,7 +253,7 @@ def _splits(spec: DecodeSpec, cache: CacheArrays) -> int:
     tiles = -(-capacity_of(spec, cache) // THREADS)
     if SIMULATED:
         return min(2, tiles)
-    places = int(cache.key_mean.shape[0]) * int(cache.key_mean.shape[1])
+    places = int(cache.key_mean.shape[0]) * int(cache.key_mean.shape[1]) * spec.subgroups
     wanted = BLOCKS_PER_PROCESSOR * int(cuda.get_current_device().MULTIPROCESSOR_COUNT)
     return max(1, min(-(-wanted // places), tiles))
 

@@ -1,7 +1,8 @@
 """What the three kernels of a step share: their arguments, and the columns of their workspace.
 
-Shapes use B sequences, Hkv KV heads, G query heads per KV head, C channels, N planes.  A *place* is
-one KV head of one sequence, ``b Hkv + h``; query heads of a place lie side by side.
+Shapes use B sequences, Hkv KV heads, C channels, N planes.  A *home* is one KV head of one
+sequence, ``b Hkv + h``.  A *place* is a home's subgroup of G query heads (`DecodeSpec.subgroup`),
+``home subgroups + part``, which is decoded apart; query heads of a place lie side by side.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CLASS_SUMS = 5
 
 
 class Stored(NamedTuple):
-    """`CacheArrays`, flattened: rows [rows, ...] and places [B Hkv, ...]."""
+    """`CacheArrays`, flattened: rows [rows, ...] and homes [B Hkv, ...]."""
 
     key_planes: Any  # 4 x uint32 [rows, C width / 32]; the first again where not stored
     value_planes: Any  # 4 x uint8 [rows, C width / 8]
@@ -51,10 +52,10 @@ class Stored(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Queries and hints, flattened to [B Hkv, G, ...]."""
+    """Queries and hints, flattened to [places, G, ...]."""
 
-    query: Any  # query_dtype [B Hkv, G, D]
-    log_z: Any  # float32 [B Hkv, G]
+    query: Any  # query_dtype [places, G, D]
+    log_z: Any  # float32 [places, G]
     rest: Any
     spread: Any
     theta: Any
@@ -80,25 +81,25 @@ class Step(NamedTuple):
 class Work(NamedTuple):
     """Between the kernels of a step: S splits."""
 
-    queries: Any  # float32 [B Hkv, G, C]: lambda q'
-    products: Any  # float64 [B Hkv, G, P]: lambda q'.U_s in units of g
-    facts: Any  # float64 [B Hkv, G, FACTS]
-    wanted: Any  # uint8 [repairs + 2, B Hkv, G]: 1 where a pass has to run
-    tops: Any  # float64 [B Hkv, S, G]: largest score of a split
-    sums: Any  # float64 [B Hkv, S, G, SUMS]
-    classes: Any  # float64 [B Hkv, S, G, CLASS_SUMS, P]; of no meaning but for a statistical bound
-    outputs: Any  # float64 [B Hkv, S, G, C]
+    queries: Any  # float32 [places, G, C]: lambda q'
+    products: Any  # float64 [places, G, P]: lambda q'.U_s in units of g
+    facts: Any  # float64 [places, G, FACTS]
+    wanted: Any  # uint8 [repairs + 2, places, G]: 1 where a pass has to run
+    tops: Any  # float64 [places, S, G]: largest score of a split
+    sums: Any  # float64 [places, S, G, SUMS]
+    classes: Any  # float64 [places, S, G, CLASS_SUMS, P]; of no meaning but for a statistical bound
+    outputs: Any  # float64 [places, S, G, C]
 
 
 class Answer(NamedTuple):
     """`DecodeResult`, flattened like `Asked`."""
 
-    output: Any  # query_dtype [B Hkv, G, D]
-    bound: Any  # float32 [B Hkv, G]
+    output: Any  # query_dtype [places, G, D]
+    bound: Any  # float32 [places, G]
     size: Any
-    missed: Any  # uint8 [B Hkv, G]
+    missed: Any  # uint8 [places, G]
     reads: Any  # uint32 [B Hkv, 2, N]
-    log_z: Any  # float32 [B Hkv, G]
+    log_z: Any  # float32 [places, G]
     rest: Any
     spread: Any
     theta: Any

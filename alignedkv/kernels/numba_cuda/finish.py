@@ -41,7 +41,8 @@ _SMALLEST = 2.0**-149
 
 def finish_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
     """``finish[places, G](cache, asked, step, work, answer, attempt)``."""
-    group, head_dim, columns = spec.group, spec.head_dim, count_sums(spec)
+    group, subgroups = spec.subgroup, spec.subgroups
+    head_dim, columns = spec.head_dim, count_sums(spec)
     softcap, sinks = spec.softcap, spec.sinks
     settled = spec.bound is BoundKind.STATISTICAL
     rows = spec.dither_rows if settled else 1
@@ -97,6 +98,7 @@ def finish_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any
 
     def finish(cache, asked, step, work, answer, attempt):
         place, g, lane = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
+        home = place // subgroups
         wanted = 0
         for member in range(group):
             wanted |= work.wanted[attempt, place, member]
@@ -109,8 +111,9 @@ def finish_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any
         origin = 0.0 if softcap else facts[BASE]
         logit = -np.inf
         if sinks:
-            logit = np.float64(asked.sinks[place % cache.kv_heads * group + g]) - origin
-        start, length = token_range(cache, place, step.window)
+            head = place % (cache.kv_heads * subgroups) * group + g
+            logit = np.float64(asked.sinks[head]) - origin
+        start, length = token_range(cache, home, step.window)
         if start == length:
             for channel in range(lane, head_dim, threads):
                 answer.output[place, g, channel] = rounded(0.0)
@@ -138,7 +141,7 @@ def finish_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any
             for part in range(splits):
                 factor = math.exp(work.tops[place, part, g] - top)
                 value += factor * work.outputs[place, part, g, channel]
-            mean = np.float64(cache.value_mean[place, channel])
+            mean = np.float64(cache.value_mean[home, channel])
             value = value / weight + (1.0 - sink) * mean
             answer.output[place, g, channel] = rounded(value)
             scratch[0, lane] = larger_or_nan(0, scratch[0, lane], abs(value))

@@ -43,7 +43,7 @@ _LEAST_THETA, _MOST_THETA = THETA_RANGE
 
 
 def near_function(spec: DecodeSpec, threads: int) -> Any:
-    """``look_near(cache, place, step, queries, products, facts)`` of one query head.
+    """``look_near(cache, home, step, queries, products, facts)`` of one query head.
 
     All threads of a block call it, with the head's rows of the workspace as arrays of one row, and
     all get the log-sum-exp of the near rows' scores, as scores are counted, and their mean g^2.
@@ -54,18 +54,18 @@ def near_function(spec: DecodeSpec, threads: int) -> Any:
     total = reduce_function(2, threads, added)
 
     @device
-    def look_near(cache, place, step, queries, products, facts):
+    def look_near(cache, home, step, queries, products, facts):
         lane = cuda.threadIdx.x
         scratch = cuda.shared.array((2, threads), np.float64)
         scores = cuda.shared.array(_NEAR, np.float64)
         dots = cuda.local.array(1, np.float64)
         score = cuda.local.array(1, np.float64)
-        start, length = token_range(cache, place, step.window)
+        start, length = token_range(cache, home, step.window)
         count = min(length - start, _NEAR)
         scratch[0, lane], squares = -np.inf, 0.0
         for i in range(lane, count, threads):
             t = start + i if i < NEAR_FIRST else length - count + i
-            address = row_of(cache, place, t)
+            address = row_of(cache, home, t)
             scale = np.float64(bfloat16(np.int64(cache.scales[address]) & 0xFFFF))
             score_first(
                 cache, address, scale, class_of(t), queries, products, facts, step.softcap, dots,

@@ -39,7 +39,8 @@ def score_functions(spec: DecodeSpec) -> tuple[Any, Any, Any]:
 
     All leave G scores in ``score``; the first two keep the products in ``dots``.
     """
-    group, head_dim, stored, softcap = spec.group, spec.head_dim, spec.stored_planes, spec.softcap
+    group, head_dim = spec.subgroup, spec.head_dim
+    stored, softcap = spec.stored_planes, spec.softcap
     first, second = (product_function(spec, n) for n in (0, 1))
     third, fourth = (product_function(spec, min(n, stored - 1)) for n in (2, 3))
     query_of, row_of = loader(spec.query_dtype), loader(spec.row_dtype)
@@ -78,13 +79,13 @@ def score_functions(spec: DecodeSpec) -> tuple[Any, Any, Any]:
         combine(scale, own, products, facts, cap, dots, score)
 
     @device
-    def score_exact(cache, place, slot, query, scaling, cap, score):
+    def score_exact(cache, home, slot, query, scaling, cap, score):
         for g in range(group):
             product, offset = 0.0, 0.0
             for i in range(head_dim):
-                q = query_of(query[place, g, i])
-                product += q * row_of(cache.exact_keys[place, slot, i])
-                offset += q * np.float64(cache.key_mean[place, i])
+                q = query_of(query[g, i])
+                product += q * row_of(cache.exact_keys[home, slot, i])
+                offset += q * np.float64(cache.key_mean[home, i])
             if softcap:
                 score[g] = capped(scaling * product, cap)
             else:
@@ -101,7 +102,7 @@ def plan_functions(spec: DecodeSpec, refine: Any) -> tuple[Any, Any, Any]:
     refine : device function
         From `score_functions`.
     """
-    group, stored, gains = spec.group, spec.stored_planes, gains_of(spec)
+    group, stored, gains = spec.subgroup, spec.stored_planes, gains_of(spec)
     deterministic = spec.bound is BoundKind.DETERMINISTIC
 
     @device

@@ -39,6 +39,7 @@ def prepare_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> An
     """``prepare[places, G](cache, asked, step, work, answer)``."""
     head_dim, channels = spec.head_dim, spec.channels
     stored, classes, softcap = spec.stored_planes, spec.dither_rows, spec.softcap
+    subgroups = spec.subgroups
     block = hadamard_block(channels)
     load = loader(spec.query_dtype)
     unit = 2.0**-spec.layout.scale_shift
@@ -51,11 +52,12 @@ def prepare_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> An
 
     def prepare(cache, asked, step, work, answer):
         place, g, lane = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
+        home = place // subgroups
         turned = cuda.shared.array(channels, np.float64)
         for i in range(lane, channels, threads):
             turned[i] = 0.0
             if i < head_dim:
-                scaled = load(asked.query[place, g, i]) * np.float64(cache.balance[place, i])
+                scaled = load(asked.query[place, g, i]) * np.float64(cache.balance[home, i])
                 turned[i] = step.scaling * scaled * np.float64(cache.signs[i])
         cuda.syncthreads()
         distance = 1
@@ -73,7 +75,7 @@ def prepare_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> An
                 norm1 += abs(turned[i])
                 square += turned[i] * turned[i]
             for i in range(head_dim):
-                offset += load(asked.query[place, g, i]) * np.float64(cache.key_mean[place, i])
+                offset += load(asked.query[place, g, i]) * np.float64(cache.key_mean[home, i])
             norm2 = math.sqrt(square)
             base = step.scaling * offset
             facts = work.facts[place, g]
@@ -88,10 +90,10 @@ def prepare_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> An
             facts[THETA] = theta if theta == theta else 0.0
             for attempt in range(step.repairs + 2):
                 work.wanted[attempt, place, g] = 1 if attempt == 0 else 0
-            if g == 0:
+            if place % subgroups == 0 and g == 0:
                 for n in range(stored):
-                    answer.reads[place, 0, n] = 0
-                    answer.reads[place, 1, n] = 0
+                    answer.reads[home, 0, n] = 0
+                    answer.reads[home, 1, n] = 0
             if place == 0 and g == 0:
                 answer.step[0] = asked.step[0] + np.uint32(1)
         cuda.syncthreads()
@@ -112,7 +114,7 @@ def prepare_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> An
             mine = slice(g, g + 1)
             facts = work.facts[place, mine]
             near, square = look_near(
-                cache, place, step, work.queries[place, mine], work.products[place, mine], facts
+                cache, home, step, work.queries[place, mine], work.products[place, mine], facts
             )
             if lane == 0:
                 if softcap:

@@ -72,14 +72,14 @@ def address_function(page_tokens: int | None) -> Any:
     if page_tokens is None:
 
         @device
-        def row_of(cache, place, t):
-            return np.int64(place) * cache.capacity + t
+        def row_of(cache, home, t):
+            return np.int64(home) * cache.capacity + t
 
     else:
 
         @device
-        def row_of(cache, place, t):
-            b, h = place // cache.kv_heads, place % cache.kv_heads
+        def row_of(cache, home, t):
+            b, h = home // cache.kv_heads, home % cache.kv_heads
             page = np.int64(cache.block_table[b, t // page_tokens])
             return (page * cache.kv_heads + h) * page_tokens + t % page_tokens
 
@@ -109,9 +109,9 @@ def member_function(rows: int) -> Any:
 
 
 @device
-def token_range(cache, place, window):
-    """First attended token of a place, and the one after the last."""
-    b = place // cache.kv_heads
+def token_range(cache, home, window):
+    """First attended token of a home, and the one after the last."""
+    b = home // cache.kv_heads
     start, length = np.int64(cache.starts[b]), np.int64(cache.lengths[b])
     if window > 0:
         start = max(start, length - window)
@@ -125,7 +125,7 @@ def product_function(spec: DecodeSpec, plane: int) -> Any:
     `arithmetic.numba_cuda` counts on that.
     """
     width = spec.layout.widths[plane]
-    group, digits_in_word, per_byte = spec.group, 32 // width, 8 // width
+    group, digits_in_word, per_byte = spec.subgroup, 32 // width, 8 // width
     words, stride = spec.channels * width // 32, spec.channels * width // 8
     mask = (1 << width) - 1
     middle = np.float32(mask / 2)
@@ -203,10 +203,10 @@ def mix(word):
 
 
 @device
-def stream_key(seed, step, place):
+def stream_key(seed, step, home):
     """`sampling.stream_key`."""
     word = mix((np.uint64(seed) + _SPREAD) & _MASK) ^ (np.uint64(step) & _MASK)
-    return mix(mix(word) ^ (np.uint64(place) & _MASK))
+    return mix(mix(word) ^ (np.uint64(home) & _MASK))
 
 
 @device

@@ -42,7 +42,7 @@ def settled_function(spec: DecodeSpec, refine: Any) -> Any:
     refine : device function
         From `plan.score_functions`.
     """
-    group, stored, gains = spec.group, spec.stored_planes, gains_of(spec)
+    group, stored, gains = spec.subgroup, spec.stored_planes, gains_of(spec)
 
     @device
     def exceeds(score, facts, g, half, size):

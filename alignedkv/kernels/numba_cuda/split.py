@@ -55,7 +55,8 @@ _DRAWS = 2.0**DRAW_BITS
 
 def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
     """``split[places, S](cache, asked, step, work, answer, attempt)``."""
-    group, head_dim, channels = spec.group, spec.head_dim, spec.channels
+    group, subgroups = spec.subgroup, spec.subgroups
+    head_dim, channels = spec.head_dim, spec.channels
     stored, sampled, exact_rows = spec.stored_planes, spec.sample_values, spec.exact_rows
     half_range, gains, columns = spec.layout.half_range, gains_of(spec), count_sums(spec)
     scratch_rows, own_channels = max(group, columns), -(-channels // threads)
@@ -74,6 +75,7 @@ def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
 
     def split(cache, asked, step, work, answer, attempt):
         place, part, lane = cuda.blockIdx.x, cuda.blockIdx.y, cuda.threadIdx.x
+        home = place // subgroups
         wanted = 0
         for g in range(group):
             wanted |= work.wanted[attempt, place, g]
@@ -112,11 +114,11 @@ def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
         for n in range(stored):
             reads[0, n] = reads[1, n] = 0
         facts, products = work.facts[place], work.products[place]
-        start, length = token_range(cache, place, step.window)
+        start, length = token_range(cache, home, step.window)
         piece = (length - start + cuda.gridDim.y - 1) // cuda.gridDim.y
         begin = min(start + part * piece, length)
         end = min(begin + piece, length)
-        key = stream_key(step.seed, asked.step[0], place)
+        key = stream_key(step.seed, asked.step[0], home)
         cuda.syncthreads()
 
         for first in range(begin, end, threads):
@@ -129,7 +131,7 @@ def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
             for g in range(group):
                 halves[g] = 0.0
             if inside:
-                address = row_of(cache, place, t)
+                address = row_of(cache, home, t)
                 own = class_of(t)
                 scales = np.int64(cache.scales[address])
                 key_scale = np.float64(bfloat16(scales & 0xFFFF))
@@ -138,14 +140,15 @@ def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
                 rows[lane], owns[lane] = address, own
                 live = 1.0
                 if exact_rows:
-                    since_start = t - np.int64(cache.starts[place // cache.kv_heads])
+                    since_start = t - np.int64(cache.starts[home // cache.kv_heads])
                     if since_start < cache.exact_first:
                         live, rows[lane] = 0.0, since_start
                     elif t >= length - cache.exact_last:
                         live, rows[lane] = 0.0, cache.exact_first + t % cache.exact_last
                 if live == 0.0:
                     slot = rows[lane]
-                    score_exact(cache, place, slot, asked.query, step.scaling, step.softcap, score)
+                    query = asked.query[place]
+                    score_exact(cache, home, slot, query, step.scaling, step.softcap, score)
                     planes[lane] = _EXACT
                 else:
                     score_first(
@@ -232,8 +235,8 @@ def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
                             )  # fmt: skip
                         if exact_rows:  # noqa: SIM102 - Numba prunes what is constant alone
                             if planes[r] == _EXACT and channel < head_dim:
-                                value = value_of(cache.exact_values[place, rows[r], channel])
-                                mean = np.float64(cache.value_mean[place, channel])
+                                value = value_of(cache.exact_values[home, rows[r], channel])
+                                mean = np.float64(cache.value_mean[home, channel])
                                 x = np.float32(value - mean)
                         if planes[r] != 0:
                             for g in range(group):
@@ -257,7 +260,7 @@ def split_kernel(spec: DecodeSpec, threads: int, arithmetic: Arithmetic) -> Any:
                     work.sums[place, part, g, k] = scratch[k, 0]
             cuda.syncthreads()
         for n in range(stored):
-            cuda.atomic.add(answer.reads, (place, 0, n), np.uint32(reads[0, n]))
-            cuda.atomic.add(answer.reads, (place, 1, n), np.uint32(reads[1, n]))
+            cuda.atomic.add(answer.reads, (home, 0, n), np.uint32(reads[0, n]))
+            cuda.atomic.add(answer.reads, (home, 1, n), np.uint32(reads[1, n]))
 
     return split
