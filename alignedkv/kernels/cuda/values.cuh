@@ -77,11 +77,15 @@ __device__ __forceinline__ void Worker::add_values() {
       unrolled<0, kPieces>([&](auto i) { add_plane<0, decltype(i)::value>(first); });
     }
   });
-  unrolled<2, kStoredPlanes>([&](auto plane) {
-    constexpr int kPlane = decltype(plane)::value;
-    const u32 wanted = has_second ? __ballot_sync(kAllLanes, planes > kPlane) : 0;
-    if (wanted) add_late_plane<kPlane>(wanted, has_fine_weights);
-  });
+  if (kStoredPlanes > 2 && __any_sync(kAllLanes, planes > 2)) {
+    with_weights(has_fine_weights, [&] {
+      unrolled<2, kStoredPlanes>([&](auto plane) {
+        constexpr int kPlane = decltype(plane)::value;
+        const u32 wanted = __ballot_sync(kAllLanes, planes > kPlane);
+        if (wanted) add_late_plane<kPlane>(wanted);
+      });
+    });
+  }
   __syncwarp();
   if (has_second) clear_second_values();
   queued_values = 0;
@@ -159,7 +163,7 @@ __device__ __forceinline__ void Worker::add_half(const ValueRows<4>& rows, bool 
 // Products of a third or later plane, fetched now: few rows have one.  First digits make room, which
 // is half a row of 8 bits.
 template <int kPlane>
-__device__ __forceinline__ void Worker::add_late_plane(u32 wanted, bool has_fine_weights) {
+__device__ __forceinline__ void Worker::add_late_plane(u32 wanted) {
   constexpr int kWidth = kWidths[kPlane];
   u8* tile = mine.values.first;
   const auto row_of = [&](int slot) {
@@ -173,15 +177,13 @@ __device__ __forceinline__ void Worker::add_late_plane(u32 wanted, bool has_fine
     commit_copies();
     await_copies<0>();
     __syncwarp();
-    with_weights(has_fine_weights, [&] {
-      unrolled<0, kPieces>([&](auto i) {
-        constexpr int kPiece = decltype(i)::value;
-        if constexpr (kWidth == 8) {
-          add_half<kPlane, kPiece>(ValueRows<4>(tile, lane), half);
-        } else {
-          add_plane<kPlane, kPiece>(ValueRows<kWidth>(tile, lane));
-        }
-      });
+    unrolled<0, kPieces>([&](auto i) {
+      constexpr int kPiece = decltype(i)::value;
+      if constexpr (kWidth == 8) {
+        add_half<kPlane, kPiece>(ValueRows<4>(tile, lane), half);
+      } else {
+        add_plane<kPlane, kPiece>(ValueRows<kWidth>(tile, lane));
+      }
     });
   }
 }

@@ -141,7 +141,7 @@ class Worker {
   template <int kPlane, int kPiece>
   __device__ __forceinline__ void add_half(const ValueRows<4>& rows, bool is_upper);
   template <int kPlane>
-  __device__ __forceinline__ void add_late_plane(u32 wanted, bool has_fine_weights);
+  __device__ __forceinline__ void add_late_plane(u32 wanted);
   template <int kPiece>
   __device__ __forceinline__ void add_products(
       const Operands& lower_digits, const Operands& upper_digits, float lower_step, float upper_step);
