@@ -9,14 +9,14 @@ constexpr float kUnit = 1.0f / kLargestWeight;
 // was lost.
 __device__ __forceinline__ float Worker::round_weight(
     u16* digits, float weight, float largest, float& lost) const {
-  const float per_unit = kLargestWeight * reciprocal_fast(fmaxf(largest, 0x1p-110f));
+  const float unit = largest * kUnit;
   // 1.5 2^23 + n + 128 as a float has n + 128 in its low bits, whatever the sign of n (mma.cuh).
   constexpr float kMagic = 0x1.8p23f + 128.0f;
-  const float number = fmaf(weight, per_unit, kMagic);
+  const float number = fmaf(weight, reciprocal_fast(fmaxf(unit, 0x1p-124f)), kMagic);
   digits[weight_slot(lane)] = static_cast<u16>(__float_as_uint(number));
-  const float unit = largest * kUnit;
-  lost = fmaf(kMagic - number, unit, weight);
-  return (number - kMagic) * unit;
+  const float rounded = number - kMagic;
+  lost = fmaf(-rounded, unit, weight);
+  return rounded * unit;
 }
 
 // The queue's weights: as digits to shared memory, and what rounding changes to the sums.  Says whether
