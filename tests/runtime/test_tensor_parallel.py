@@ -15,51 +15,82 @@ from alignedkv import runtime
 from alignedkv.policy import PrecisionPolicy
 from tiny_models import make_tiny, prompt
 
+TOLERANCE = 2.0**-10
+#: As in test_generate.py.
+AMPLIFICATION = 4.0
+OPTIONS = {
+    "max_new_tokens": 6,
+    "do_sample": False,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+
+#: Takes a folder with a model and its input; transformers itself picks nccl where there are GPUs.
 SCRIPT = """
 import json, sys
+from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 from alignedkv import runtime
 from alignedkv.policy import PrecisionPolicy
 
-folder, tokens = sys.argv[1], json.loads(sys.argv[2])
+folder, tolerance, options = Path(sys.argv[1]), float(sys.argv[2]), json.loads(sys.argv[3])
 try:
     from transformers.distributed import DistributedConfig
     parallel = {"distributed_config": DistributedConfig(tp_size=2)}
 except (ImportError, TypeError):
     parallel = {"tp_plan": "auto"}
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **parallel).eval()
-with runtime.patched(model, PrecisionPolicy(tolerance=2.0**-10)):
-    answer = model.generate(torch.tensor(tokens), max_new_tokens=6, do_sample=False)
+tokens = torch.load(folder / "tokens.pt").to(model.device)
+with runtime.patched(model, PrecisionPolicy(tolerance=tolerance), break_even=0):
+    answer = model.generate(tokens, **options)
     report = runtime.report(model)
-if torch.distributed.get_rank() == 0:
-    told = {"tokens": answer.tolist(), "read": report.read_fraction.tolist()}
-    print("ANSWER" + json.dumps(told))
+told = {
+    "tokens": answer.sequences.cpu(),
+    "logits": torch.stack(answer.logits).cpu(),
+    "read": report.read_fraction.tolist(),
+    "backend": torch.distributed.get_backend(),
+}
+torch.save(told, folder / f"answer{torch.distributed.get_rank()}.pt")
 torch.distributed.destroy_process_group()
 """
 
 
 @pytest.mark.slow
-def test_two_ranks_give_the_answer_of_one(tmp_path: Path) -> None:
-    model = make_tiny("Llama")
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("device", "backend"), [("cpu", "gloo"), pytest.param("cuda", "nccl", marks=pytest.mark.gpu)]
+)
+def test_two_ranks_give_the_answer_of_one(device: str, backend: str, tmp_path: Path) -> None:
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, torch sees {torch.cuda.device_count()}")
+    model, tokens = make_tiny("Llama"), prompt(2, 40)
+    model.save_pretrained(tmp_path)
+    torch.save(tokens, tmp_path / "tokens.pt")
     script = tmp_path / "rank.py"
     script.write_text(SCRIPT)
-    tokens = prompt(2, 20)
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    command += ["--master_port=29617", str(script), str(tmp_path / "model")]
+    command += ["--master_port=29617", str(script), str(tmp_path)]
+    path = [str(Path(runtime.__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
-        [*command, json.dumps(tokens.tolist())],
+        [*command, str(TOLERANCE), json.dumps(OPTIONS)],
         capture_output=True,
         text=True,
         timeout=1200,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(Path(runtime.__file__).parents[2])},
+        env={**os.environ, **hidden, "PYTHONPATH": os.pathsep.join(path)},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    answer = json.loads(done.stdout.split("ANSWER")[1].splitlines()[0])
-    with runtime.patched(model, PrecisionPolicy(tolerance=2.0**-10)):
-        alone = model.generate(tokens, max_new_tokens=6, do_sample=False)
-    assert torch.equal(torch.tensor(answer["tokens"]), alone)
-    assert all(share > 0 for share in answer["read"])
+
+    model, tokens = model.to(device), tokens.to(device)
+    stock = model.generate(tokens, **OPTIONS)
+    with runtime.patched(model, PrecisionPolicy(tolerance=TOLERANCE), break_even=0):
+        alone = model.generate(tokens, **OPTIONS)
+    exact = torch.stack(stock.logits).cpu()
+    for rank in range(2):
+        answer = torch.load(tmp_path / f"answer{rank}.pt")
+        assert answer["backend"] == backend
+        assert torch.equal(answer["tokens"], alone.sequences.cpu())
+        error = (answer["logits"] - exact).abs().max() / exact.abs().max()
+        assert 0 < error <= AMPLIFICATION * TOLERANCE
+        assert all(share > 0 for share in answer["read"])
