@@ -48,7 +48,7 @@ def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     """``sizeof(DecodeShared)``, the dynamic shared memory of a block of decode.cu."""
     heads = padded_heads(spec)
     per_warp = heads * 4 * (spec.dither_rows + 2 + _sums(spec)) + 8 * TILE + 4
-    fixed = query_bytes(spec) + heads * 4 * (_CONSTANTS + 1) + 8 * spec.stored_planes + 24
+    fixed = query_bytes(spec) + heads * 4 * (_CONSTANTS + 1) + 8 * spec.stored_planes + 32
     tiles = config.warps * _tile_bytes(spec, config)
     outputs = config.warps * 4 * (spec.channels + 1) * 4
     merge = (
@@ -66,14 +66,13 @@ def _tile_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     """``sizeof(WarpTiles)``."""
     row = [row_bytes(spec.channels, width) for width in spec.layout.widths[: spec.stored_planes]]
     heads = padded_heads(spec)
-    keys = TILE * (row[1] + 4 * heads + 3 * 4 + 1)
     alignment = _tile_alignment(spec)
     values = _aligned(TILE * (row[0] + row[1] + 4 * heads + 4 + 1), alignment)
     rare = RARE_ROWS * max(row[2:]) if row[2:] else 16
+    finer = _aligned(TILE * (row[1] + 1) + rare, 16)
     scores, weights = TILE * heads * 4, 2 * heads * ((TILE + 16) * 2 + 4)
-    stages = config.key_stages * TILE * (row[0] + 4)
-    rows, order = 2 * TILE * 8, TILE
-    return _aligned(keys + values + rare + scores + weights + stages + rows + order, alignment)
+    stages, rows = config.key_stages * TILE * (row[0] + 4), 2 * TILE * 8
+    return _aligned(values + finer + scores + weights + stages + rows, alignment)
 
 
 def _tile_alignment(spec: DecodeSpec) -> int:

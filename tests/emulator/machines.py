@@ -60,7 +60,6 @@ INSTRUCTIONS = {
     "ld.global.v4.f32 {%0,%1,%2,%3}, [%4];": (
         "{0} = {4}->x, {1} = {4}->y, {2} = {4}->z, {3} = {4}->w"
     ),
-    "prefetch.global.L2 [%0];": "(void){0}",
     "ld.global.f32 %0, [%1];": "std::memcpy(&{0}, {1}, 4)",
     "ld.global.u32 %0, [%1];": "std::memcpy(&{0}, {1}, 4)",
     "st.global.f32 [%0], %1;": "std::memcpy({0}, &{1}, 4)",

@@ -189,11 +189,6 @@ inline unsigned __ballot_sync(unsigned, bool holds) {
   return over_warp(unsigned{holds} << thread_number() % 32, std::bit_or<unsigned>());
 }
 inline bool __any_sync(unsigned mask, bool holds) { return __ballot_sync(mask, holds) != 0; }
-inline unsigned __match_any_sync(unsigned, unsigned x) {
-  unsigned alike = 0;
-  for (unsigned lane = 0; lane < 32; ++lane) alike |= unsigned{of_lane(x, lane) == x} << lane;
-  return alike;
-}
 inline void __threadfence() {}
 
 inline float __fadd_rn(float a, float b) { return a + b; }

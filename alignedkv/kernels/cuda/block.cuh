@@ -18,7 +18,7 @@ enum Constant {
   kReachSpread,
   kWanted,       // a value row is wanted where weight + this + log2 g > 0
   kValueGain,    // error of a value addend in units of theta, per weight and value scale
-  kError,        // estimate: sigma(1) / g          deterministic: e(1) / g
+  kError,        // estimate: (sigma(1) / g)^2      deterministic: e(1) / g
   kErrorMore,    // estimate: hint of the spread    deterministic: (b + e^a) / g
   kCoarse,       // largest weight times value scale whose rounding leaves less than theta
   kConstants
@@ -53,20 +53,16 @@ constexpr int rare_bytes() {
   return kRareRows * most;
 }
 
-// Tokens of any tiles that want more key planes than the first, until there are enough for a tile of
-// their own: slot i has row i of the second plane.
-struct alignas(16) KeyQueue {
+// Finer key planes of an open tile: the second plane's rows in their places, the first of the rows
+// with a third one side by side, and which rows these are.
+struct alignas(16) FinerKeys {
   u8 second[kTile * kPlaneRowBytes[1]];
-  float score[kTile][kHeads];  // log2, before the cap if there is one
-  u32 scales[kTile];
-  i32 token[kTile];
-  float chance[kTile];
-  u8 plan[kTile];  // key planes, and whether the value row is wanted (kWantsValue)
+  u8 rare[rare_bytes() > 0 ? rare_bytes() : 16];
+  u8 order[kTile];
 };
-constexpr u8 kWantsValue = 0x80;
 
-// Tokens whose value rows are wanted and whose weights are final.  Rows without a second plane are 0
-// there.
+// Tokens of any tiles whose value rows are wanted, until there are enough for a tile.  Rows without a
+// second plane are 0 there.
 struct alignas(kTileAlignment) ValueQueue {
   u8 first[kTile * kPlaneRowBytes[0]];
   u8 second[kTile * kPlaneRowBytes[1]];
@@ -78,14 +74,12 @@ struct alignas(kTileAlignment) ValueQueue {
 struct WarpTiles {
   u8 key_first[kKeyStages][kTile * kPlaneRowBytes[0]];
   ValueQueue values;
-  KeyQueue keys;
-  u8 key_rare[rare_bytes() > 0 ? rare_bytes() : 16];
+  FinerKeys finer;
   float scores[kTile][kHeads];
   u16 weights[2][kHeads][kTile + 16];  // by weight_slot; what their rounding lost
   float weight_units[2][kHeads];
   u32 scales[kKeyStages][kTile];
   u64 rows[2][kTile];  // lists of rows to copy (copy_listed)
-  u8 order[kTile];
 };
 
 // The rows of two lanes that share a bank are a channel apart.
@@ -109,7 +103,9 @@ struct DecodeShared {
   float sums[kWarps][kSumCount][kHeads];
   float theta[kHeads];
   float largest_draw[kWarps];
+  float largest_square;  // most of (sigma(1) / g)^2
   float sampling_share;  // theta_s / theta
+  u32 work;              // of the block's warps
   u32 reads[2 * kStoredPlanes];
   Range range;
   int trusted;

@@ -5,6 +5,7 @@
 
 #include "copies.cuh"
 #include "query.cuh"
+#include "rows.cuh"
 
 // What a token brings to the sums of all heads of its group.
 struct Token {
@@ -12,8 +13,13 @@ struct Token {
   float key_step;    // 2^-bits: half step of the key planes read over that of the first
   float value_step;  // likewise; of no meaning where no value plane was read
   bool has_value;
-  float chance;      // probability with which the value row was read; 1 if for certain
+  float per_chance;  // 1 / probability with which the value row was read; 1 if for certain
 };
+
+// x - 1 for a fast reciprocal x of a chance, not below what it stands for; 0 where the row is certain.
+__device__ __forceinline__ float less_one(float x) {
+  return x > 1.0f ? fmaf(x, 1.0f + 0x1p-21f, -1.0f) : 0.0f;
+}
 
 // Whether weights are freed of what a random score error adds to them on average (theory.md 5.1).  A
 // cap bends scores, and what is added then depends on where.
@@ -22,6 +28,11 @@ constexpr bool kMeanCorrection = kBound == Bound::Estimate && !kSoftcap;
 // 1 - e^-x <= x / (1 + x/2), since it is 2t / (1 + t) with t = tanh(x/2) <= x/2.
 __device__ __forceinline__ float one_minus_exp(float x) {
   return x * reciprocal_fast(fmaf(0.5f, x, 1.0f));
+}
+
+// e^x - 1 <= x + x^2/2 + (e - 5/2) x^3 for 0 <= x <= 1: all terms of the series are positive.
+__device__ __forceinline__ float expm1_below_1(float x) {
+  return x * fmaf(x, fmaf(x, 0.2183f, 0.5f), 1.0f);
 }
 
 // e^x - 1 <= x e^(x/2) e^(x^2/24), since sinh(y) <= y e^(y^2/6).
@@ -56,43 +67,53 @@ struct SumsOf<false> {
 
   // Coefficients of a token that all heads share.
   struct Shared {
-    float size, value_variance, skipped, step;
+    float size, value_variance, skipped, square_step, bias;
+    bool is_coarse;  // some sigma^2 exceeds 1, of any token of the warp
   };
-  __device__ __forceinline__ static Shared shared_of(const Token& token) {
+  // `most`: the largest sigma(1)^2 / g^2 of the heads.
+  __device__ __forceinline__ static Shared shared_of(const Token& token, float most) {
     Shared s;
     s.size = kHalfRange * token.value_scale;
-    s.step = token.key_scale * token.key_step;
+    const float step = token.key_scale * token.key_step;
+    s.square_step = step * step;
+    // Errors are uniform sums, not normal: e^(sigma^2/2) is too large by sigma^4 / 20 at most.
+    const float variance = most * s.square_step;
+    s.bias = 0.05f * variance * variance;
+    s.is_coarse = __any_sync(kAllLanes, variance > 1.0f);
     const float half_step = token.value_scale * token.value_step * 0.288675135f;  // / (2 sqrt 3)
     s.value_variance = token.has_value ? half_step * half_step : 0.0f;
     s.skipped = token.has_value ? 0.0f : s.size;
     if constexpr (kSampleValues) {
       // sampling.md, Corollary: a row left to chance varies, and is not skipped.
       const float largest = kLargestPrefix * token.value_scale;
-      const float drawn = largest * largest * (1.0f / token.chance - 1.0f);
+      const float drawn = largest * largest * less_one(token.per_chance);
       s.value_variance = fmaf(half_step, half_step, drawn);
     }
     return s;
   }
 
   // A token's terms; returns its weight.
+  template <bool kIsCoarse>
   __device__ __forceinline__ float add(
-      int g, float score, const Shared& s, float deviation, float spread) {
-    const float sigma = deviation * s.step, variance_of_score = sigma * sigma;
-    const float uncorrected = exp2_fast(score), size = s.size + spread;  // R
-    float weight = uncorrected;
-    if constexpr (kMeanCorrection) {
-      // w^2 (e^(sigma^2) - 1) is u^2 (1 - e^(-sigma^2)): nothing overflows.
-      weight *= exp2_fast(-0.5f * kLog2e * variance_of_score);
-      const float reach = uncorrected * size;
-      variance[g] = fmaf(reach * reach, one_minus_exp(variance_of_score), variance[g]);
-      // Errors are uniform sums, not normal: e^(sigma^2/2) is too large by sigma^4 / 20 at most.
-      const float bias = variance_of_score * variance_of_score * 0.05f;
-      certain[g] = fmaf(weight * size, bias, certain[g]);
+      int g, float score, const Shared& s, float square_deviation, float spread) {
+    const float x = square_deviation * s.square_step, size = s.size + spread;  // sigma^2, R
+    float weight, reach, of_square;
+    if constexpr (!kMeanCorrection) {
+      weight = exp2_fast(score), reach = weight * size, of_square = expm1_over(x);
+      certain[g] = fmaf(reach, x, certain[g]);
     } else {
-      const float reach = weight * size;
-      variance[g] = fmaf(reach * reach, expm1_over(variance_of_score), variance[g]);
-      certain[g] = fmaf(reach, variance_of_score, certain[g]);
+      if constexpr (kIsCoarse) {
+        // w^2 (e^(sigma^2) - 1) is u^2 (1 - e^(-sigma^2)): nothing overflows.
+        const float uncorrected = exp2_fast(score);
+        weight = uncorrected * exp2_fast(-0.5f * kLog2e * x);
+        reach = uncorrected * size, of_square = one_minus_exp(x);
+      } else {
+        weight = exp2_fast(fmaf(-0.5f * kLog2e, x, score));
+        reach = weight * size, of_square = expm1_below_1(x);
+      }
+      certain[g] = fmaf(weight * size, s.bias, certain[g]);
     }
+    variance[g] = fmaf(reach * reach, of_square, variance[g]);
     variance[g] = fmaf(weight * weight, s.value_variance, variance[g]);
     if constexpr (!kSampleValues) certain[g] = fmaf(weight, s.skipped, certain[g]);
     return weight;
@@ -125,8 +146,9 @@ struct SumsOf<true> {
 
   struct Shared {
     float size, value_error, scale, step, drawn;
+    static constexpr bool is_coarse = false;
   };
-  __device__ __forceinline__ static Shared shared_of(const Token& token) {
+  __device__ __forceinline__ static Shared shared_of(const Token& token, float) {
     Shared s;
     s.size = kHalfRange * token.value_scale;
     s.scale = token.key_scale;
@@ -137,13 +159,14 @@ struct SumsOf<true> {
     if constexpr (kSampleValues) {
       // A row left to chance errs as if it had been read, and varies.
       const float largest = kLargestPrefix * token.value_scale;
-      s.drawn = largest * largest * (1.0f / token.chance - 1.0f);
+      s.drawn = largest * largest * less_one(token.per_chance);
       s.value_error = read;
     }
     return s;
   }
 
   // A token's terms; returns its weight.
+  template <bool>
   __device__ __forceinline__ float add(
       int g, float of_score, const Shared& s, float worst, float shift) {
     const float weight = exp2_fast(of_score);

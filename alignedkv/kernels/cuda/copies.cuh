@@ -45,11 +45,6 @@ __device__ __forceinline__ void copy_async_or_zero(u32 to, const void* from, u32
   }
 }
 
-// Bring a line to the L2 that will be wanted soon.
-__device__ __forceinline__ void prefetch(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" :: "l"(from) : "memory");
-}
-
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

@@ -45,9 +45,11 @@ __device__ __forceinline__ void set_constants(
   to[kValueGain][g] = log2_fast((kCertain ? 0.5f : 0.288675135f) / theta);
   const float share = a.step.skip_share * (kSampleValues ? kSamplingFactor : 1.0f);
   to[kWanted][g] = share > 0 ? log2_fast(kHalfRange / (share * theta)) : infinity;
-  to[kError][g] = kCertain ? worst : deviation;
+  to[kError][g] = kCertain ? worst : deviation * deviation;
   to[kCoarse][g] = theta * (2.0f * kLargestWeight / kLargestPrefix);
   to[kErrorMore][g] = kCertain ? query.numbers[kShift][g] : spread;
+  // Non-negative floats are ordered like their bits.
+  atomicMax(reinterpret_cast<u32*>(&shared.largest_square), __float_as_uint(deviation * deviation));
   shared.theta[g] = theta;
   shared.sampling_share = share;
 }
@@ -77,10 +79,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
     // A head that is not read again does not miss again.
     if (block < heads && !missed[block] && threadIdx.x == 0) missed_now[block] = 0;
   }
+  // The work of the step before is known: prepare.cu, which has started, began when that had ended.
   const Share share =
-      again ? Share::of_missed(missed, heads, block, gridDim.x * gridDim.y)
-            : Share{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x),
-                    static_cast<int>(gridDim.x)};
+      again           ? Share::of_missed(missed, heads, block, gridDim.x * gridDim.y)
+      : kShareByWork ? Share::by_work(a.workspace.work, heads, gridDim.x, block)
+                     : Share{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x),
+                             static_cast<int>(gridDim.x)};
   if (share.splits == 0) return;
   const int split = share.split, splits = share.splits, of_head = share.head;
   Worker worker(a, shared, of_head, warp);
@@ -106,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   if (lane < kHeads) shared.reference[warp][lane] = kNever;
   shared.lane_reads[warp][lane] = {0, 0};
   if (threadIdx.x < 2 * kStoredPlanes) shared.reads[threadIdx.x] = 0;
-  if (threadIdx.x == 0) shared.trusted = true;
+  if (threadIdx.x == 0) shared.trusted = true, shared.largest_square = 0, shared.work = 0;
   for (int i = threadIdx.x; i < kConstants * kHeads; i += kThreads) (&shared.constants[0][0])[i] = 0;
   __syncthreads();
   if (!again) await_previous_kernel();
@@ -148,6 +152,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   }
   __syncthreads();
   if (threadIdx.x == 0) {
+    if (kShareByWork && !again) atomicAdd(a.workspace.work_so_far + of_head, shared.work);
     __threadfence();
     shared.is_last = atomicAdd(a.workspace.arrived + of_head, 1) == splits - 1;
     __threadfence();
@@ -161,20 +166,29 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   if (threadIdx.x < kShares * kChannels) {
     entries.fetch(dither, threadIdx.x / kChannels * kSharedClasses, threadIdx.x % kChannels);
   }
+  PartColumns columns;
+  if (threadIdx.x < kColumns) columns.fetch(parts, threadIdx.x, 0, splits);
+  Before before;
+  if (warp < kGroup) before.fetch(a, of_head, warp);
   set_factors(merge.factor, merge.whole, parts, splits);
   __syncthreads();
-  sum_parts(merge.whole, parts, merge.factor, splits);
+  sum_parts(merge.whole, parts, columns, merge.factor, splits);
   __syncthreads();
   correct_dither(merge, dither, entries);
   if (threadIdx.x == 0) {
     a.workspace.arrived[of_head] = 0;
+    if (kShareByWork && !again) {
+      a.workspace.work[of_head] = load_past_l1(a.workspace.work_so_far + of_head);
+      a.workspace.work_so_far[of_head] = 0;
+    }
     shared.is_last = false;  // from here on: whether a head missed
     const int exact = kExactRows ? range.exact_tokens(a.cache) : 0;
     atomicAdd(reads, max(range.end - range.first, 0) - exact);
   }
   __syncthreads();
   for (int g = warp; g < kGroup; g += kWarps) {
-    if (answer(a, shared, merge, of_head, g) && lane == 0) shared.is_last = true;
+    if (g != warp) before.fetch(a, of_head, g);
+    if (answer(a, shared, merge, before, of_head, g) && lane == 0) shared.is_last = true;
   }
   __syncthreads();
   if (threadIdx.x == 0) missed_now[of_head] = shared.is_last;

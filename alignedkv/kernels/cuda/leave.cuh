@@ -62,6 +62,7 @@ __device__ __forceinline__ void Worker::add_exact_rows(
 
 __device__ __forceinline__ void Worker::leave_sums() {
   leave_reads();
+  if (kShareByWork && lane == 0) atomicAdd(&block.work, work);
   float(&to)[kSumCount][kHeads] = block.sums[warp];
 #pragma unroll
   for (int g = 0; g < kHeads; ++g) {

@@ -85,40 +85,50 @@ __device__ __forceinline__ void set_factors(
   for (int g = warp; g < kHeads; g += kWarps) {
     float top = kNever, draw = kNever;
     for (int i = lane; i < splits; i += 32) {
-      top = fmaxf(top, load_past_l1(&parts[i].reference[g]));
+      const float reference = load_past_l1(&parts[i].reference[g]);
+      factor[i][g] = reference, top = fmaxf(top, reference);
       if constexpr (kSampleValues) draw = fmaxf(draw, load_past_l1(&parts[i].largest_draw[g]));
     }
     top = warp_max(top), draw = warp_max(draw);
-    for (int i = lane; i < splits; i += 32) {
-      factor[i][g] = exp2_fast(load_past_l1(&parts[i].reference[g]) - top);
-    }
+    for (int i = lane; i < splits; i += 32) factor[i][g] = exp2_fast(factor[i][g] - top);
     if (lane == 0) whole.reference[g] = top, whole.largest_draw[g] = draw;
   }
 }
 
-// Four floats of all splits, weighed by their factors.
+// Four floats of a Partial, of some splits.
+constexpr int kColumns = (kGroup * kChannels + (kDitherRows + kSumCount) * kHeads) / 4;
+struct PartColumns {
+  static constexpr int kBatch = 9;
+  float4 x[kBatch];
+
+  __device__ __forceinline__ void fetch(const Partial* parts, int column, int first, int splits) {
+    const float4* from = reinterpret_cast<const float4*>(parts) + column;
+    constexpr int kStride = sizeof(Partial) / 16;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      x[k] = make_float4(0, 0, 0, 0);
+      if (first + k < splits) x[k] = load_past_l1(from + static_cast<i64>(first + k) * kStride);
+    }
+  }
+};
+
+// All columns of all splits, weighed by their factors.  `fetched`: the thread's first batch.
 __device__ __forceinline__ void sum_parts(
-    Partial& whole, const Partial* parts, const float (*factor)[kHeads], int splits) {
-  constexpr int kColumns = (kGroup * kChannels + (kDitherRows + kSumCount) * kHeads) / 4;
+    Partial& whole, const Partial* parts, const PartColumns& fetched, const float (*factor)[kHeads],
+    int splits) {
   constexpr int kOutputColumns = kGroup * kChannels / 4;
   constexpr int kSumColumn = kOutputColumns + kDitherRows * kHeads / 4;
   for (int column = threadIdx.x; column < kColumns; column += kThreads) {
     const bool is_output = column < kOutputColumns;
     const int head = is_output ? 4 * column / kChannels : 4 * (column % kHeadBlocks);
     const bool square = column >= kSumColumn && is_square((column - kSumColumn) / kHeadBlocks);
-    const float4* from = reinterpret_cast<const float4*>(parts) + column;
-    constexpr int kStride = sizeof(Partial) / 16;
     float4 sum = make_float4(0, 0, 0, 0);
-    constexpr int kBatch = 17;
-    for (int first = 0; first < splits; first += kBatch) {
-      float4 x[kBatch];
+    PartColumns batch = fetched;
+    for (int first = 0; first < splits; first += PartColumns::kBatch) {
+      if (first > 0 || column >= kThreads) batch.fetch(parts, column, first, splits);
+      const float4(&x)[PartColumns::kBatch] = batch.x;
 #pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
-        x[k] = make_float4(0, 0, 0, 0);
-        if (first + k < splits) x[k] = load_past_l1(from + static_cast<i64>(first + k) * kStride);
-      }
-#pragma unroll
-      for (int k = 0; k < kBatch; ++k) {
+      for (int k = 0; k < PartColumns::kBatch; ++k) {
         if (first + k >= splits) break;
         const float* of = factor[first + k] + head;
         float4 f = is_output ? make_float4(of[0], of[0], of[0], of[0])
@@ -181,18 +191,39 @@ __device__ __forceinline__ float feedback_margin(float margin, bool missed) {
   return fminf(fmaxf(known + (missed ? kMarginRise : -kMarginFall), kLeastMargin), kMostMargin);
 }
 
+// What an answer needs that was known before: fetched while the sums are on their way.
+struct Before {
+  float spread, margin, rest, sink_logit;
+  float mean[(kHeadDim + 31) / 32];
+
+  __device__ __forceinline__ void fetch(const DecodeArguments& a, i64 of_head, int g) {
+    const i64 query_head = of_head * kGroup + g;
+    spread = a.state.spread[query_head], margin = a.state.margin[query_head];
+    rest = a.state.rest[query_head];
+    sink_logit = -infinity();
+    if constexpr (kSinks) sink_logit = a.sinks[query_head % (a.cache.kv_heads * kWholeGroup)];
+    const float* means = a.cache.value_mean + of_head / kSubgroups * kHeadDim;
+#pragma unroll
+    for (int i = 0; i < (kHeadDim + 31) / 32; ++i) {
+      const int channel = 32 * i + lane_of_thread();
+      mean[i] = channel < kHeadDim ? means[channel] : 0.0f;
+    }
+  }
+};
+
 // One warp: output, bound and state of query head g of the group.  Returns whether its bound missed.
 __device__ __forceinline__ bool answer(
-    const DecodeArguments& a, const DecodeShared& shared, const Merge& merge, i64 of_head, int g) {
+    const DecodeArguments& a, const DecodeShared& shared, const Merge& merge, const Before& before,
+    i64 of_head, int g) {
   const int lane = threadIdx.x % 32;
   const i64 query_head = of_head * kGroup + g;
   const Partial& whole = merge.whole;
   // Without tokens the output is 0, certainly, and all of log Z is the sink's.
   const bool empty = whole.reference[g] == kNever && shared.query.length >= 0;
   const float hint = shared.constants[kHint][g], top = empty ? 0.0f : whole.reference[g];
-  float logit = __int_as_float(0xff800000), sink = 0;
+  const float logit = before.sink_logit;
+  float sink = 0;
   if constexpr (kSinks) {
-    logit = a.sinks[query_head % (a.cache.kv_heads * kWholeGroup)];
     sink = empty ? 0.0f : exp2_fast(fmaf(logit, kLog2e, -hint - top));
   }
   const float total = whole.sums[kTotal][g] + sink;
@@ -203,14 +234,17 @@ __device__ __forceinline__ bool answer(
   const float constant = whole.sums[kOffsets][g];
   float size = 0, spread = 0, largest_mean = 0;
   bool is_nan = false;
-  for (int channel = lane; channel < kHeadDim; channel += 32) {
+#pragma unroll
+  for (int i = 0; i < (kHeadDim + 31) / 32; ++i) {
+    const int channel = 32 * i + lane;
+    if (channel >= kHeadDim) break;
     float correction = 0;
 #pragma unroll
     for (int share = 0; share < kShares; ++share) correction += merge.correction[share][g][channel];
     constexpr float kUnitOfDither = 1.0f / (1 << (kScaleShift + kDitherFractionBits));
     const float centred =
         (fmaf(-kUnitOfDither, correction, whole.output[g][channel]) + constant) * inverse;
-    const float mean = a.cache.value_mean[of_head / kSubgroups * kHeadDim + channel];
+    const float mean = before.mean[i];
     const float rest = empty ? -mean : fmaf(-sink * inverse, mean, centred);
     float output = mean + rest;
     if (shared.query.length < 0) output = __int_as_float(0x7fc00000);
@@ -230,7 +264,7 @@ __device__ __forceinline__ bool answer(
   }
   head.classes = classes * inverse;
   head.sink = sink * inverse;
-  head.spread_hint = a.state.spread[query_head], head.spread = spread;
+  head.spread_hint = before.spread, head.spread = spread;
   head.size = size + largest_mean;
   head.largest_draw = shared.theta[g] * shared.sampling_share *
                       exp2_fast(whole.largest_draw[g] - top) * inverse;
@@ -251,13 +285,13 @@ __device__ __forceinline__ bool answer(
   a.state.log_z[query_head] = log_z;
   if (kUsesNearRows && a.pass == 0 && !empty) {
     const float(&numbers)[kNumbers][kHeads] = shared.query.numbers;
-    float& rest = a.state.rest[query_head];
-    rest = remembered(rest, log_z, numbers[kNear][g], numbers[kExplained][g]);
+    a.state.rest[query_head] =
+        remembered(before.rest, log_z, numbers[kNear][g], numbers[kExplained][g]);
   }
   if (!is_nan) a.state.spread[query_head] = spread;
   const float tau = a.step.tolerance * size, theta = shared.theta[g];
   if (a.pass == 0 && tau > 0 && !is_nan) {
-    const float margin = feedback_margin(a.state.margin[query_head], missed);
+    const float margin = feedback_margin(before.margin, missed);
     a.state.margin[query_head] = margin;
     a.state.theta[query_head] = feedback(theta, bound, tau, margin);
   }

@@ -26,9 +26,9 @@ struct alignas(16) NearTile {
 
 // The near rows of one tile, for one warp.
 struct NearRows {
-  int token;   // of the tile's first row
-  u32 rows;    // mask of near rows
-  i64 of_row;  // where this lane's row lies
+  int token;  // of the tile's first row
+  u32 rows;   // mask of near rows
+  u32 scale;  // bits of this lane's key scale
 
   __device__ __forceinline__ static bool is_near(const Range& range, int token) {
     return range.holds(token) && (token < range.first + kNearFirst || token >= range.end - kNearLast);
@@ -40,20 +40,21 @@ struct NearRows {
     const int tile = first + index <= last_of_first ? first + index
                                                     : behind + index - (last_of_first + 1 - first);
     NearRows near;
-    near.token = tile * kTile;
+    near.token = tile * kTile, near.scale = 0;
     near.rows = __ballot_sync(kAllLanes, is_near(range, near.token + lane_of_thread()));
     return near;
   }
 
   // Fetch the rows older than token `before`.
   __device__ __forceinline__ void fetch(
-      const Cache& cache, int sequence, int head, int before, NearTile& to) const {
+      const Cache& cache, int sequence, int head, int before, NearTile& to) {
     const int lane = lane_of_thread(), older = before - token;
     const u32 wanted = older >= kTile ? rows : older > 0 ? rows & ((1u << older) - 1) : 0;
     if (!wanted) return;
     const TileRows at = TileRows::of(cache, sequence, head, token);
     copy_rows<Side::Key, 0>(
         shared_address(to.keys), cache.key_planes[0], at, wanted, lane);
+    if (wanted >> lane & 1) scale = cache.scales[at.of_row(lane)] & 0xffff;
   }
 
   // The row of the token that this step appends, from its words.
@@ -65,14 +66,11 @@ struct NearRows {
     }
   }
 
-  // Scores of the tile's near rows, summed.  The scales of all its rows are written by now.
+  // Scores of the tile's near rows, summed.
   __device__ __forceinline__ void add_up(
-      const DecodeArguments& a, int sequence, int head, const Query& query, const NearTile& tile,
-      NearSums& to) const {
+      const DecodeArguments& a, const Query& query, const NearTile& tile, NearSums& to) const {
     const int lane = lane_of_thread(), r = lane / 4, c = lane % 4;
-    const bool mine = rows >> lane & 1;
-    float scale = 0;
-    if (mine) scale = scale_of(a.cache.scales[row_index(a.cache, sequence, head, token + lane)] & 0xffff);
+    const float key_scale = scale_of(scale);
     float score[kHeadBlocks][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -81,7 +79,7 @@ struct NearRows {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = 16 * half + r + 8 * i;
-        const float of_row = __shfl_sync(kAllLanes, scale, row);
+        const float of_row = __shfl_sync(kAllLanes, key_scale, row);
         const float* classes = query.classes[dither_class(token + row)];
 #pragma unroll
         for (int b = 0; b < kHeadBlocks; ++b) {
@@ -114,7 +112,7 @@ struct NearRows {
       }
       if (r == 0) to.top[4 * b + c] = top, to.sum[4 * b + c] = sum;
     }
-    float square = scale * scale;
+    float square = key_scale * key_scale;
 #pragma unroll
     for (int distance = 16; distance; distance /= 2) {
       square += __shfl_xor_sync(kAllLanes, square, distance);
@@ -132,8 +130,7 @@ __device__ __forceinline__ float log_add_exp(float a, float b) {
 
 // The hint of log Z of one query head, from all near tiles and what is remembered of the other rows.
 __device__ __forceinline__ void set_hint(
-    const DecodeArguments& a, const NearSums (&tiles)[kNearTiles], Query& query, i64 query_head,
-    int g) {
+    const DecodeArguments& a, const NearSums (&tiles)[kNearTiles], Query& query, float rest, int g) {
   constexpr float kLn2 = 0.693147181f;
   float top = -infinity(), sum = 0, square = 0;
   int count = 0;
@@ -154,7 +151,6 @@ __device__ __forceinline__ void set_hint(
     const float mean_square = square / static_cast<float>(max(count, 1));
     explained = fmaf(kNearSpread * 12.0f * deviation * deviation, mean_square, kLn2 * base);
   }
-  const float rest = a.state.rest[query_head];
   query.numbers[kNear][g] = near;
   query.numbers[kExplained][g] = explained;
   query.numbers[kLogZ][g] =

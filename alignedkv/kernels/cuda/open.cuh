@@ -69,28 +69,20 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
   return t;
 }
 
-// Tokens of the open tile that want more key planes: to the queue, and their rows on their way.
-__device__ __forceinline__ void Worker::push_keys(const Tokens& t, u32 refined) {
-  if (!refined) return;
-  KeyQueue& queue = mine.keys;
-  const int slot = queued_keys + __popc(refined & ((1u << lane) - 1));
-  if (refined >> lane & 1) {
-    const i64 row = row_index(a.cache, sequence, head, t.token);
-    store_heads(queue.score[slot], kSoftcap ? t.uncapped : t.score);
-    queue.scales[slot] = t.scales;
-    queue.token[slot] = t.token;
-    queue.chance[slot] = t.chance;
-    queue.plan[slot] = t.key_planes | (t.wants_value ? kWantsValue : 0);
-    mine.rows[0][slot - queued_keys] = listed(row, slot);
-    if (t.wants_value) prefetch(a.cache.value_planes[0] + row * kPlaneRowBytes[0]);
-    unrolled<2, kStoredPlanes>([&](auto plane) {
-      constexpr int kPlane = decltype(plane)::value;
-      if (t.key_planes > kPlane) prefetch(a.cache.key_planes[kPlane] + row * kPlaneRowBytes[kPlane]);
-    });
+// Rows that the plan of a tile asks for, on their way.
+__device__ __forceinline__ void Worker::fetch_finer(const Tokens& t, int first_token, FinerKeys& to) {
+  const u32 second_rows = __ballot_sync(kAllLanes, t.key_planes >= 2);
+  if (!second_rows) return;
+  const TileRows at = TileRows::of(a.cache, sequence, head, first_token);
+  copy_rows<Side::Key, 1>(
+      shared_address(to.second), a.cache.key_planes[1], at, second_rows, lane);
+  if constexpr (kStoredPlanes >= 3) {
+    const u32 third_rows = __ballot_sync(kAllLanes, t.key_planes >= 3);
+    if (!third_rows) return;
+    const int place = __popc(third_rows & ((1u << lane) - 1));
+    if (t.key_planes >= 3) to.order[place] = lane;
+    __syncwarp();
+    copy_rare_rows<2>(shared_address(to.rare), a.cache.key_planes[2], at, to.order,
+                      min(__popc(third_rows), kRareRows), third_rows, lane);
   }
-  __syncwarp();
-  const int count = __popc(refined);
-  copy_listed<Side::Key, 1>(
-      shared_address(queue.second), a.cache.key_planes[1], mine.rows[0], count, lane);
-  queued_keys += count;
 }

@@ -23,6 +23,7 @@ struct PrepareShared {
   float sum[kHeads];
   Words words[2];
   NearSums near[kNearTiles];
+  u32 newest_scale;  // of the appended key
   NearTile tiles[kUsesNearRows ? kNearTiles : 1];
 };
 static_assert(sizeof(PrepareShared) <= 48 * 1024);
@@ -120,8 +121,8 @@ __device__ __forceinline__ void store_scale(const Cache& cache, i64 row, int sid
 
 // One warp: the key (side 0) or the value (side 1) of the new token, as `encode_token` of rows.cuh does
 // one after the other.
-__device__ void append(const DecodeArguments& a, Words& words, int sequence, int head, int side,
-                       int token, int length) {
+__device__ u32 append(const DecodeArguments& a, Words& words, int sequence, int head, int side,
+                      int token, int length) {
   const Cache& cache = a.cache;
   const i64 of_head = head_index(cache, sequence, head);
   const i64 row = row_index(cache, sequence, head, token);
@@ -140,11 +141,12 @@ __device__ void append(const DecodeArguments& a, Words& words, int sequence, int
   if (lane_of_thread() == 0) store_scale(cache, row, side, scale);
   if constexpr (kExactRows) {
     const int slot = exact_slot(cache, token, cache.starts[sequence], length);
-    if (slot < 0) return;
+    if (slot < 0) return scale;
     RowBits* to = (side == 0 ? cache.exact_keys : cache.exact_values) +
                   exact_offset(cache, of_head, slot);
     for (int c = lane_of_thread(); c < kHeadDim; c += kWarpSize) to[c] = from[c];
   }
+  return scale;
 }
 
 // 16 dither rows times the queries of four heads -> what a class adds to a score, per unit of g:
@@ -235,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
     }
   }
   const Range range = Range::of(a.cache.starts[sequence], fits ? length : 0, a.step.window);
-  NearRows near;
+  NearRows near = {};
   if (kUsesNearRows && warp < kNearTiles) {
     near = NearRows::of(range, warp);
     near.fetch(a.cache, sequence, kv_head, before, shared.tiles[warp]);
@@ -261,8 +263,9 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
       a.result.reads[(of_head * 2 + side) * kStoredPlanes + lane] = 0;
     }
     if (a.rows.tokens == 1 && fits) {
-      append(a, shared.words[side], sequence, kv_head, side, before, length);
+      const u32 scale = append(a, shared.words[side], sequence, kv_head, side, before, length);
       if (kUsesNearRows && side == 0) {
+        if (lane == 0) shared.newest_scale = scale;
         const int newest = before / kTile * kTile;
         for (int i = 0; i < kNearTiles; ++i) {
           const NearRows near = NearRows::of(range, i);
@@ -281,19 +284,23 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
       float(&numbers)[kNumbers][kHeads] = queries[threadIdx.x / kGroup].numbers;
       numbers[kLogZ][threadIdx.x % kGroup] = a.state.log_z[of_head * kWholeGroup + threadIdx.x];
     }
-    return;
-  }
-  await_copies<0>();
-  __syncthreads();  // queries, the new row and the fetched ones are there
-  for (int part = 0; part < kSubgroups; ++part) {
-    if (part > 0) __syncthreads();
-    if (warp < kNearTiles) {
-      near.add_up(a, sequence, kv_head, queries[part], shared.tiles[warp], shared.near[warp]);
+  } else {
+    // Known from the step before; wanted when the near rows are summed.
+    float rest[kSubgroups];
+#pragma unroll
+    for (int part = 0; part < kSubgroups; ++part) {
+      const i64 head = of_head * kSubgroups + part;
+      if (threadIdx.x < kGroup) rest[part] = a.state.rest[head * kGroup + threadIdx.x];
     }
-    __syncthreads();
-    if (threadIdx.x < kGroup) {
-      const i64 query_head = (of_head * kSubgroups + part) * kGroup + threadIdx.x;
-      set_hint(a, shared.near, queries[part], query_head, threadIdx.x);
+    await_copies<0>();
+    __syncthreads();  // queries, the new row and the fetched ones are there
+    if (a.rows.tokens == 1 && near.token + lane == before) near.scale = shared.newest_scale;
+#pragma unroll
+    for (int part = 0; part < kSubgroups; ++part) {
+      if (part > 0) __syncthreads();
+      if (warp < kNearTiles) near.add_up(a, queries[part], shared.tiles[warp], shared.near[warp]);
+      __syncthreads();
+      if (threadIdx.x < kGroup) set_hint(a, shared.near, queries[part], rest[part], threadIdx.x);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Finer scores of the tokens that wait for them, and the reference of all weights.
+// Finer scores of a tile, and the reference of all weights.
 
 #include "worker.cuh"
 
@@ -18,23 +18,15 @@ __device__ __forceinline__ void Worker::settle_reference(const Tokens& t, bool t
   __syncwarp();
 }
 
-// The queue of keys, emptied: its tokens with scores from all planes that were read.
-__device__ __forceinline__ Tokens Worker::refine() {
-  arrive();
-  KeyQueue& queue = mine.keys;
-  Tokens t;
-  const bool valid = lane < queued_keys;
-  const u32 plan = valid ? queue.plan[lane] : 1;
-  t.token = valid ? queue.token[lane] : 0;
-  t.scales = valid ? queue.scales[lane] : 0;
-  t.chance = valid ? queue.chance[lane] : 1.0f;
-  t.key_planes = plan & ~kWantsValue;
-  t.wants_value = plan & kWantsValue;
+// Scores from all key planes that were read.
+__device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
+  if (!__any_sync(kAllLanes, t.key_planes >= 2)) return;
+  work += kWorkOfKeys;
   constexpr int kWidth = kWidths[1];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int x[kHeadBlocks][2];
-    key_products<kWidth>(x, queue.second + half * 16 * kPlaneRowBytes[1], block.query, lane);
+    key_products<kWidth>(x, keys.second + half * 16 * kPlaneRowBytes[1], block.query, lane);
     // In the unit of the first plane's products: kUnit16.
     constexpr float kScale = 1.0f / (1 << gain(2));
 #pragma unroll
@@ -44,47 +36,51 @@ __device__ __forceinline__ Tokens Worker::refine() {
     }
   }
   __syncwarp();
-  if constexpr (kStoredPlanes >= 3) add_rare_planes(t);
-  float first[kGroup], finer[kGroup], unit[kGroup], half[kGroup];
-  load_heads(first, queue.score[lane]);
-  load_heads(finer, mine.scores[lane]);
-  load_heads(unit, block.query.numbers[kUnit16]);
-  load_heads(half, block.query.numbers[kHalf]);
-  const float key_scale = t.key_scale();
-  const float middle = 0.5f * step_of(t.key_planes) - 0.5f;  // of the digits read, less the first's
+  if constexpr (kStoredPlanes >= 3) add_rare_planes(t, keys);
+  if (t.key_planes >= 2) {
+    float finer[kGroup], unit[kGroup], half[kGroup];
+    load_heads(finer, mine.scores[lane]);
+    load_heads(unit, block.query.numbers[kUnit16]);
+    load_heads(half, block.query.numbers[kHalf]);
+    const float key_scale = t.key_scale();
+    const float middle = 0.5f * step_of(t.key_planes) - 0.5f;  // of the digits read, less the first's
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
-    const float x = fmaf(key_scale, fmaf(half[g], middle, unit[g] * finer[g]), first[g]);
-    t.score[g] = valid ? capped(x, g) : kNever;
+    for (int g = 0; g < kGroup; ++g) {
+      const float added = key_scale * fmaf(half[g], middle, unit[g] * finer[g]);
+      if constexpr (kSoftcap) {
+        t.score[g] = capped(t.uncapped[g] + added, g);
+      } else {
+        t.score[g] += added;
+      }
+    }
   }
-  queued_keys = 0;
   __syncwarp();
-  return t;
 }
 
-// Third and later planes of the queue's tokens, 16 rows at a time.
-__device__ __forceinline__ void Worker::add_rare_planes(const Tokens& t) {
+// Third and later planes, 16 rows at a time; the first round's third plane is there already.
+__device__ __forceinline__ void Worker::add_rare_planes(const Tokens& t, FinerKeys& keys) {
   const u32 third_rows = __ballot_sync(kAllLanes, t.key_planes >= 3);
-  if (!third_rows) return;
   const int count = __popc(third_rows);
-  if (t.key_planes >= 3) mine.order[__popc(third_rows & ((1u << lane) - 1))] = lane;
-  __syncwarp();
-  const auto row_of = [&](int slot) {
-    return row_index(a.cache, sequence, head, mine.keys.token[slot]);
-  };
   for (int first = 0; first < count; first += kRareRows) {
     const int rows_here = min(count - first, kRareRows);
-    const u8* order = mine.order + first;
+    const u8* order = keys.order + first;
     unrolled<2, kStoredPlanes>([&](auto plane) {
       constexpr int kPlane = decltype(plane)::value, kWidth = kWidths[kPlane];
       u32 having = third_rows;
       if constexpr (kPlane == 3) having = __ballot_sync(kAllLanes, t.key_planes >= 4);
       if (!having) return;
-      copy_rare_rows<kPlane>(shared_address(mine.key_rare), a.cache.key_planes[kPlane], row_of,
-                             order, rows_here, having, lane);
-      arrive();
+      work += kWorkOfKeys;
+      if (kPlane > 2 || first > 0) {
+        const int first_token = __shfl_sync(kAllLanes, t.token, 0);
+        copy_rare_rows<kPlane>(
+            shared_address(keys.rare), a.cache.key_planes[kPlane],
+            TileRows::of(a.cache, sequence, head, first_token), order, rows_here, having, lane);
+        commit_copies();
+        await_copies<0>();
+        __syncwarp();
+      }
       int x[kHeadBlocks][2];
-      key_products<kWidth>(x, mine.key_rare, block.query, lane);
+      key_products<kWidth>(x, keys.rare, block.query, lane);
       constexpr float kScale =
           16.0f * kDigitsPerProduct<kWidth> / static_cast<float>(1 << gain(kPlane + 1));
 #pragma unroll

@@ -3,8 +3,10 @@
 
 #include "worker.cuh"
 
-__device__ __forceinline__ void Worker::settle(Tokens& t, bool has_distinct_classes) {
+// Returns the planes of the value row, and weights times value scales over chances.
+__device__ __forceinline__ int Worker::settle(Tokens& t, float (&scaled)[kGroup]) {
   const int value_planes = plan_value(t);
+  const float per_chance = kSampleValues ? reciprocal_fast(t.chance) : 1.0f;
   count_reads(t.key_planes, value_planes);
   if constexpr (kSampleValues) {
     float wish[kGroup], most = kNever;
@@ -12,7 +14,7 @@ __device__ __forceinline__ void Worker::settle(Tokens& t, bool has_distinct_clas
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) most = fmaxf(most, t.score[g] + wish[g]);
     // Prefixes reach 8 row scales, sizes are 7.5.
-    most += log2_fast(t.value_scale() / t.chance) + 0.0931095f;
+    most += log2_fast(t.value_scale() * per_chance) + 0.0931095f;
     if (t.chance < 1.0f) largest_draw = fmaxf(largest_draw, most);
   }
   if (shifted) {
@@ -24,23 +26,29 @@ __device__ __forceinline__ void Worker::settle(Tokens& t, bool has_distinct_clas
   Token token;
   token.key_scale = t.key_scale(), token.value_scale = t.value_scale();
   token.key_step = step_of(t.key_planes), token.value_step = step_of(value_planes);
-  token.has_value = t.wants_value, token.chance = t.chance;
-  const auto shared = Sums::shared_of(token);
+  token.has_value = t.wants_value, token.per_chance = per_chance;
+  const auto shared = Sums::shared_of(token, block.largest_square);
   float first[kGroup], second[kGroup];  // coefficients of the bound's addends
   load_heads(first, block.constants[kError]);
   load_heads(second, block.constants[kErrorMore]);
-  const float unit = t.value_scale() / (kSampleValues ? t.chance : 1.0f);
-  float scaled[kGroup];
+  const float unit = t.value_scale() * per_chance;
+  const auto add = [&](auto is_coarse) {
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
-    const float weight = sums.add(g, t.score[g], shared, first[g], second[g]);
-    total[g] += weight;
-    scaled[g] = weight * unit;
+    for (int g = 0; g < kGroup; ++g) {
+      constexpr bool kIsCoarse = decltype(is_coarse)::value;
+      const float weight =
+          sums.template add<kIsCoarse>(g, t.score[g], shared, first[g], second[g]);
+      total[g] += weight;
+      scaled[g] = weight * unit;
+    }
+  };
+  if (shared.is_coarse) {
+    add(Index<1>());
+  } else {
+    add(Index<0>());
   }
-  const u32 wanted = __ballot_sync(kAllLanes, t.wants_value);
-  if (!wanted) return;
-  add_to_classes(t, scaled, has_distinct_classes);
-  push_values(t, scaled, wanted, value_planes);
+  add_to_classes(t, scaled);
+  return value_planes;
 }
 
 // Value planes from the scores as they are now; 0 if the row is not wanted.
@@ -60,38 +68,46 @@ __device__ __forceinline__ int Worker::plan_value(const Tokens& t) const {
 }
 
 // Weights times value scales, by dither class: B of theory.md (2.3).  Weights as they are, not as
-// `add_values` rounds them: what rounding loses is then lost of a prefix without its dither.
+// `add_values` rounds them: what rounding loses is then lost of a prefix without its dither.  The
+// tokens of a tile are of different classes.
 __device__ __forceinline__ void Worker::add_to_classes(
-    const Tokens& t, const float (&scaled)[kGroup], bool are_distinct) {
-  const int token_class = dither_class(t.token);
-  int turn = 0, turns = 1;
-  if (!are_distinct) {
-    // Tokens of one class take turns, in their order, so that the sum is the same in every run.
-    const u32 like_me =
-        __match_any_sync(kAllLanes, t.wants_value ? token_class : kDitherRows + lane);
-    turn = __popc(like_me & ((1u << lane) - 1));
-    turns = __reduce_max_sync(kAllLanes, turn) + 1;
-  }
-  for (int now = 0; now < turns; ++now) {
-    if (t.wants_value && turn == now) {
-      float* of_class = block.classes[warp][token_class];
-      float sum[kGroup];
-      load_heads(sum, of_class);
+    const Tokens& t, const float (&scaled)[kGroup]) {
+  if (t.wants_value) {
+    float* of_class = block.classes[warp][dither_class(t.token)];
+    float sum[kGroup];
+    load_heads(sum, of_class);
 #pragma unroll
-      for (int g = 0; g < kGroup; ++g) sum[g] += scaled[g];
-      store_heads(of_class, sum);
-    }
-    __syncwarp();
+    for (int g = 0; g < kGroup; ++g) sum[g] += scaled[g];
+    store_heads(of_class, sum);
   }
+  __syncwarp();
 }
 
-// Wanted value rows: to the queue, which is emptied first if it is too full.
+// Wanted value rows of a tile: to the queue, where there is room.
 __device__ __forceinline__ void Worker::push_values(
     const Tokens& t, const float (&scaled)[kGroup], u32 wanted, int value_planes) {
-  const int count = __popc(wanted);
-  if (queued_values + count > kTile) add_values();
   ValueQueue& queue = mine.values;
   const u32 second = __ballot_sync(kAllLanes, value_planes >= 2), before = (1u << lane) - 1;
+  if (is_dense(wanted)) {
+    // A queue of its own, rows in their places.
+    float weight[kGroup];
+#pragma unroll
+    for (int g = 0; g < kGroup; ++g) weight[g] = t.wants_value ? scaled[g] : 0.0f;
+    store_heads(queue.weight[lane], weight);
+    queue.token[lane] = t.token;
+    queue.planes[lane] = value_planes;
+    const int first_token = t.token - lane;
+    const TileRows at = TileRows::of(a.cache, sequence, head, first_token);
+    copy_rows<Side::Value, 0>(
+        shared_address(queue.first), a.cache.value_planes[0], at, wanted, lane);
+    if (second) {
+      copy_rows<Side::Value, 1>(
+          shared_address(queue.second), a.cache.value_planes[1], at, second, lane);
+    }
+    queued_values = kTile;
+    return;
+  }
+  const int count = __popc(wanted);
   if (t.wants_value) {
     const int place = __popc(wanted & before), slot = queued_values + place;
     const u64 entry = listed(row_index(a.cache, sequence, head, t.token), slot);

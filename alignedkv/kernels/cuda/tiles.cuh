@@ -49,6 +49,29 @@ struct Range {
 struct Share {
   int head, split, splits;  // splits = 0: nothing to do
 
+  // Blocks in proportion to what each head took in the step before, at least one each; all the same
+  // where there are more heads than lanes.  For all lanes of a warp.
+  __device__ __forceinline__ static Share by_work(
+      const u32* work /* [heads] */, int heads, int splits, int block) {
+    if (heads > 32) return {block / splits, block % splits, splits};
+    const int lane = lane_of_thread();
+    const u32 mine = lane < heads ? max(load_past_l1(work + lane), 1u) : 0;
+    u32 until = mine;  // of this head and those before
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const u32 before = __shfl_up_sync(kAllLanes, until, distance);
+      if (lane >= distance) until += before;
+    }
+    const u32 total = __shfl_sync(kAllLanes, until, 31);
+    const u64 to_share = static_cast<u64>(heads) * (splits - 1);
+    const int end = lane + 1 + static_cast<int>(to_share * until / total);  // of its blocks
+    const int head = __popc(__ballot_sync(kAllLanes, lane < heads && end <= block));
+    const int begin = head == 0 ? 0 : __shfl_sync(kAllLanes, end, max(head - 1, 0));
+    const int blocks = min(__shfl_sync(kAllLanes, end, head) - begin, kMaxSplits);
+    if (block - begin >= blocks) return {0, 0, 0};
+    return {head, block - begin, blocks};
+  }
+
   // Blocks of a repair, shared out evenly over the heads whose bound missed.  For all lanes of a warp.
   __device__ __forceinline__ static Share of_missed(
       const u32* missed /* [heads] */, int heads, int block, int blocks) {
@@ -135,9 +158,13 @@ __device__ __forceinline__ void copy_rows(
   constexpr int kWidth = kWidths[kPlane], kRowBytes = kPlaneRowBytes[kPlane];
   constexpr int kChunk = kRowBytes % 16 == 0 ? 16 : 8, kPerRow = kRowBytes / kChunk;
   const int row = lane / kPerRow, chunk = lane % kPerRow;
-  // The swizzle of rows that a lane copies is the same: they are 32 / kPerRow apart.
-  const int swizzle = kSide == Side::Key ? key_swizzle<kWidth>(row) : value_swizzle<kWidth>(row);
-  to += row * kRowBytes + (chunk ^ swizzle) * kChunk;
+  // The rows that a lane copies are 32 / kPerRow apart: their swizzles are the same, or differ in one
+  // bit for every other row.
+  constexpr bool kIsKey = kSide == Side::Key;
+  constexpr int kApart = 32 / kPerRow;
+  constexpr int kChange = kIsKey ? key_swizzle<kWidth>(kApart) : value_swizzle<kWidth>(kApart);
+  const int swizzle = kIsKey ? key_swizzle<kWidth>(row) : value_swizzle<kWidth>(row);
+  to += row * kRowBytes;
   const u8* low = plane + rows.low * kRowBytes + lane * kChunk;
   const u8* high = plane + rows.high * kRowBytes + lane * kChunk;
   const u32 mine = wanted >> row;
@@ -154,7 +181,8 @@ __device__ __forceinline__ void copy_rows(
       is_high = this_row >= 16;
     }
     const u8* from = kPageTokens == 16 && is_high ? high : low;
-    copy_async_if<kChunk, kOffset, kOffset>(to, from, on);
+    const u32 place = (chunk ^ swizzle ^ (kIndex % 2 ? kChange : 0)) * kChunk;
+    copy_async_if<kChunk, kOffset, kOffset>(to + place, from, on);
   });
 }
 
@@ -210,16 +238,16 @@ __device__ __forceinline__ void copy_late_rows(
 // Rows of a tile that are few: at most 16, named by `order`, side by side.
 constexpr int kRareRows = 16;
 
-template <int kPlane, class RowOf>
+template <int kPlane>
 __device__ __forceinline__ void copy_rare_rows(
-    u32 to, const u8* plane, RowOf row_of, const u8* order, int count, u32 wanted, int lane) {
+    u32 to, const u8* plane, const TileRows& rows, const u8* order, int count, u32 wanted, int lane) {
   constexpr int kWidth = kWidths[kPlane], kRowBytes = kPlaneRowBytes[kPlane];
   constexpr int kChunk = kRowBytes % 16 == 0 ? 16 : 8, kPerRow = kRowBytes / kChunk;
 #pragma unroll
   for (int i = 0; i < (kRareRows * kPerRow + 31) / 32; ++i) {
     const int id = lane + 32 * i, slot = id / kPerRow, chunk = id % kPerRow;
     const int row = slot < count ? order[slot] : 0;
-    const u8* from = plane + row_of(row) * kRowBytes + chunk * kChunk;
+    const u8* from = plane + rows.of_row(row) * kRowBytes + chunk * kChunk;
     const u32 at = to + slot * kRowBytes + (chunk ^ key_swizzle<kWidth>(slot)) * kChunk;
     if (slot < kRareRows) copy_async_or_zero<kChunk>(at, from, slot < count && (wanted >> row & 1));
   }

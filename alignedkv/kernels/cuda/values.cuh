@@ -64,7 +64,6 @@ __device__ __forceinline__ bool Worker::leave_weights(int planes) {
 }
 
 __device__ __forceinline__ void Worker::add_values() {
-  arrive();
   const int planes = lane < queued_values ? mine.values.planes[lane] : 0;
   const bool has_fine_weights = leave_weights(planes);
   const bool has_second = __any_sync(kAllLanes, planes > 1);
@@ -89,6 +88,7 @@ __device__ __forceinline__ void Worker::add_values() {
   __syncwarp();
   if (has_second) clear_second_values();
   queued_values = 0;
+  work += kWorkOfValues;
 }
 
 // Rows without a second plane are zeros there.

@@ -1,12 +1,13 @@
 // A warp of decode.cu: what it holds, and its walk over tiles of 32 tokens.
 //
-//   open    scores of a tile from first key planes, and the plan of its tokens (open.cuh)
-//   refine  32 tokens of any tiles that waited for more key planes (refine.cuh)
+//   open    scores from first key planes, and the plan of the tokens (open.cuh)
+//   refine  scores from the other key planes (refine.cuh)
 //   settle  weights, sums of the bound, the plan of value rows (settle.cuh)
-//   add     products of 32 value rows of any tiles (values.cuh)
+//   add     products of 32 value rows, of any tiles (values.cuh)
 //
-// What a plan asks for is copied to a queue and used when the queue is full, a tile later or more: so
-// tensor cores work on full tiles however few rows are wanted, and copies have time to arrive.
+// A tile is opened before the one in front of it is settled, and value rows wait in a queue until it
+// is full: so a copy has about a tile's time to arrive, and tensor cores work on full tiles of values
+// however few rows are wanted.
 
 #include "bounds.cuh"
 #include "copies.cuh"
@@ -59,6 +60,9 @@ __device__ __forceinline__ void store_heads(float* to, const float* x) {
     reinterpret_cast<float4*>(to)[block] = make_float4(four[0], four[1], four[2], four[3]);
   }
 }
+
+// What takes how long, roughly: a tile, finer planes of its keys, 32 rows of values.
+constexpr u32 kWorkOfTile = 8, kWorkOfKeys = 2, kWorkOfValues = 4;
 
 // A token a lane: of a tile, or of a queue.
 struct Tokens {
@@ -114,14 +118,13 @@ class Worker {
 
   __device__ __forceinline__ void run(const Range& range, const Course& course, bool trusted);
   __device__ __forceinline__ Tokens open(const Range& range, int first_token, int stage);
-  __device__ __forceinline__ void push_keys(const Tokens& t, u32 refined);
+  __device__ __forceinline__ void fetch_finer(const Tokens& t, int first_token, FinerKeys& to);
   __device__ __forceinline__ void settle_reference(const Tokens& t, bool trusted);
-  __device__ __forceinline__ Tokens refine();
-  __device__ __forceinline__ void add_rare_planes(const Tokens& t);
-  __device__ __forceinline__ void settle(Tokens& t, bool has_distinct_classes);
+  __device__ __forceinline__ void refine(Tokens& t, FinerKeys& keys);
+  __device__ __forceinline__ void add_rare_planes(const Tokens& t, FinerKeys& keys);
+  __device__ __forceinline__ int settle(Tokens& t, float (&scaled)[kGroup]);
   __device__ __forceinline__ int plan_value(const Tokens& t) const;
-  __device__ __forceinline__ void add_to_classes(
-      const Tokens& t, const float (&scaled)[kGroup], bool are_distinct);
+  __device__ __forceinline__ void add_to_classes(const Tokens& t, const float (&scaled)[kGroup]);
   __device__ __forceinline__ void push_values(
       const Tokens& t, const float (&scaled)[kGroup], u32 wanted, int value_planes);
   __device__ __forceinline__ void count_reads(int key_planes, int value_planes);
@@ -149,12 +152,8 @@ class Worker {
   __device__ __forceinline__ void add_exact_rows(const Range& range, int split, int splits);
   __device__ __forceinline__ void leave_sums();
 
-  // All copies that were asked for are there.
-  __device__ __forceinline__ void arrive() const {
-    commit_copies();
-    await_copies<0>();
-    __syncwarp();
-  }
+  // So many of a tile's rows that picking them costs more than it saves.
+  __device__ __forceinline__ static bool is_dense(u32 wanted) { return __popc(wanted) > kTile / 2; }
 
   // log2 of a weight relative to the hint, from the score before the cap.
   __device__ __forceinline__ float capped(float x, int g) const {
@@ -169,7 +168,8 @@ class Worker {
   WarpTiles& mine;
   const int sequence, head, part, warp, lane, r, c;
 
-  int queued_keys = 0, queued_values = 0;
+  int queued_values = 0;
+  u32 work = 0;  // done, in units of about 60 instructions
 
   // The rows whose products are being added.
   u32 weights[kHeadBlocks][2];
@@ -183,43 +183,51 @@ class Worker {
   bool shifted = false;           // the reference is not the hint
 };
 
-// The tiles of the course, and at the end what is left in the queues.
+// The tiles of the course, and at the end what is left in the queue.  There are two rounds more than
+// tiles, so that the code of each stage stands once: instructions are fetched slower than executed.
 __device__ __forceinline__ void Worker::run(const Range& range, const Course& course, bool trusted) {
   if (course.token >= course.end) return;
   clear_second_values();
+  Tokens t;
   int stage = 0;
+  bool is_open = false;  // `t` is a tile
+  commit_copies();
+#pragma unroll 1
   for (int token = course.token;; token += course.step) {
-    const bool is_tile = token < course.end;
-    Tokens tile;
-    u32 refined = 0;
-    if (is_tile) {
-      await_copies<kKeyStages - 1>();
-      __syncwarp();
-      tile = open(range, token, stage);
-      if (token == course.token) settle_reference(tile, trusted);
+    // Two groups of copies a round: keys of the tiles ahead; values, which have time until the queue
+    // is full.
+    await_copies<1>();
+    __syncwarp();
+    if (is_open) refine(t, mine.finer);
+    work += is_open ? kWorkOfTile : 0;
+    const bool has_next = token < course.end;
+    Tokens next;
+    if (has_next) {
+      next = open(range, token, stage);
+      if (!is_open) settle_reference(next, trusted);
+      fetch_finer(next, token, mine.finer);
       const int ahead = token + kKeyStages * course.step;
       if (ahead < course.end) fetch(range, ahead, stage);
       stage = stage + 1 < kKeyStages ? stage + 1 : 0;
-      refined = __ballot_sync(kAllLanes, tile.key_planes >= 2);
     }
-    const bool is_full = is_tile ? queued_keys + __popc(refined) > kTile : queued_keys > 0;
-    // First the queue, if there is no room in it, then the tile: in one loop, so that the code of
-    // `settle` stands once.
-#pragma unroll 1
-    for (bool is_queue = is_full; is_queue || is_tile; is_queue = false) {
-      Tokens t;
-      if (is_queue) {
-        t = refine();
-      } else {
-        push_keys(tile, refined);
-        t = tile;
-        if (refined >> lane & 1) t.leave();
-      }
-      settle(t, !is_queue);
-      if (!is_queue) break;
-    }
-    if (!is_tile) break;
     commit_copies();
+    float weight[kGroup];  // times value scale, over the chance
+    int value_planes = 0;
+    u32 wanted = 0;
+    if (is_open) {
+      value_planes = settle(t, weight);
+      wanted = __ballot_sync(kAllLanes, t.wants_value);
+    }
+    const bool is_end = !is_open && !has_next;
+    const int room_wanted = is_end || is_dense(wanted) ? kTile : __popc(wanted);
+    if (queued_values > 0 && queued_values + room_wanted > kTile) {
+      await_copies<1>();  // all but what was asked for in this round
+      __syncwarp();
+      add_values();
+    }
+    if (is_end) break;
+    if (wanted) push_values(t, weight, wanted, value_planes);
+    commit_copies();
+    t = next, is_open = has_next;
   }
-  if (queued_values) add_values();
 }
