@@ -201,7 +201,9 @@ RECIPES: dict[str, Recipe] = {
     "d96-g5": recipe(shape={"head_dim": 96, "group": 5}),
     "d128-g16": recipe(shape={"head_dim": 128, "group": 16, "kv_heads": 1}),
     "g10-in-parts": recipe(
-        spec={"sinks": True}, policy={**DETERMINISTIC, "exact_first": 2}, shape={"group": 10}
+        spec={"sinks": True},
+        policy={**STATISTICAL, "exact_first": 2, "dither_rows": 128},
+        shape={"group": 10},
     ),
     "d192": recipe(shape={"head_dim": 192, "batch": 1}, policy=STATISTICAL),
     "d256-p256": recipe(shape={"head_dim": 256}, policy={"dither_rows": 256}),
@@ -227,6 +229,13 @@ RECIPES: dict[str, Recipe] = {
     "sinks-alone": recipe(spec={"sinks": True}, starts=(133, 0)),
     "exact-rows": recipe(policy={"exact_first": 4, "exact_last": 16}, starts=(0, 7)),
     "exact-rows-certain": recipe(policy={**DETERMINISTIC, "exact_first": 4, "exact_last": 3}),
+    "window-settled": recipe(
+        spec={"page_tokens": 16},
+        policy={**STATISTICAL, "dither_rows": 256, "sample_values": True, "tolerance": 2.0**-3},
+        arguments={"window": 290},
+        shape={"tokens": 600},
+        starts=(0, 480),
+    ),
     "exact-rows-settled": recipe(policy={**STATISTICAL, "exact_last": 16}),
     "all-rows-exact": recipe(policy={"exact_first": 200}),
     "pages-of-16": recipe(spec={"page_tokens": 16}),

@@ -19,6 +19,7 @@ from alignedkv import policy
 from alignedkv.errors import CodegenError
 from alignedkv.kernels.config import KERNEL_TUNABLES, DecodeConfig
 from alignedkv.kernels.footprint import MAX_SPLITS, partial_floats, query_bytes, shared_bytes
+from alignedkv.kernels.reference_bounds import VARIANCE_FLOOR
 from alignedkv.kernels.sampling import SAMPLING_FACTOR
 from alignedkv.kernels.spec import DTYPES, DecodeSpec
 from alignedkv.planes import (
@@ -113,6 +114,7 @@ def prologue(spec: DecodeSpec, config: DecodeConfig) -> str:
         _constant("dither_fraction_bits", DITHER_FRACTION_BITS),
         _constant("smallest_scale", SMALLEST_SCALE),
         _constant("sampling_factor", SAMPLING_FACTOR),
+        _constant("root_variance_floor", VARIANCE_FLOOR**0.5),
         *(_constant(name, getattr(policy, name.upper())) for name in _POLICY_CONSTANTS),
         *_range("theta", policy.THETA_RANGE),
         *_range("margin", policy.MARGIN_RANGE),

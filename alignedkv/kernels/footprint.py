@@ -5,6 +5,7 @@ The compiler refuses a source in which these sizes are wrong (``static_assert`` 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Final
 
 from alignedkv.kernels.spec import DecodeSpec
@@ -22,8 +23,14 @@ TILE, RARE_ROWS = 32, 16
 _NUMBERS, _CONSTANTS = 9, 10
 #: Sums of a head besides those of its bound: weights, digit middles.
 _OTHER_SUMS = 2
-#: ``Sums::kCount`` of bounds.cuh: of an estimate, and of a bound that counts errors at their worst.
-_ESTIMATE_SUMS, _CERTAIN_SUMS = 2, 4
+#: ``kCount`` of bounds.cuh's and settled_sums.cuh's sums, by bound and by whether rows are sampled.
+_BOUND_SUMS = {
+    BoundKind.ESTIMATE: (2, 2),
+    BoundKind.DETERMINISTIC: (4, 4),
+    BoundKind.STATISTICAL: (8, 5),
+}
+#: ``kClassSums`` and ``kExtremes`` of block.cuh under a statistical bound; otherwise one each.
+_SETTLED_CLASS_SUMS, _SETTLED_EXTREMES = 6, 3
 
 
 def padded_heads(spec: DecodeSpec) -> int:
@@ -39,15 +46,16 @@ def query_bytes(spec: DecodeSpec) -> int:
 
 def partial_floats(spec: DecodeSpec) -> int:
     """Floats of ``Partial``: what a block leaves for the one that merges."""
-    heads = padded_heads(spec)
-    per_head = spec.dither_rows + _sums(spec) + 2
-    return spec.subgroup * spec.channels + heads * per_head
+    class_sums = _SETTLED_CLASS_SUMS if _is_settled(spec) else 1
+    per_head = class_sums * spec.dither_rows + _sums(spec) + 1 + _extremes(spec)
+    return spec.subgroup * spec.channels + padded_heads(spec) * per_head
 
 
 def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     """``sizeof(DecodeShared)``, the dynamic shared memory of a block of decode.cu."""
     heads = padded_heads(spec)
-    per_warp = heads * 4 * (spec.dither_rows + 2 + _sums(spec)) + 8 * TILE + 4
+    classes = _own_classes(spec, config)
+    per_warp = heads * 4 * (classes + 2 + _sums(spec)) + 8 * TILE + 4 * _extremes(spec)
     fixed = query_bytes(spec) + heads * 4 * (_CONSTANTS + 1) + 8 * spec.stored_planes + 32
     tiles = config.warps * _tile_bytes(spec, config)
     outputs = config.warps * 4 * (spec.channels + 1) * 4
@@ -56,10 +64,24 @@ def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
         + 4 * spec.subgroup * spec.channels * _dither_shares(spec, config)
         + 4 * MAX_SPLITS * heads
     )
+    settled = config.warps * _settled_bytes(spec, config) if _is_settled(spec) else 0
     alignment = _tile_alignment(spec)
-    return _aligned(fixed + config.warps * per_warp, alignment) + _aligned(
+    return _aligned(_aligned(settled, 16) + fixed + config.warps * per_warp, alignment) + _aligned(
         max(tiles, outputs, merge), alignment
     )
+
+
+def _settled_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
+    """``sizeof(SettledSums::Memory)``."""
+    class_sums = (_SETTLED_CLASS_SUMS - 1) * _own_classes(spec, config)
+    return 4 * (spec.subgroup * (_bound_sums(spec) * TILE + class_sums) + 2 * TILE + 1)
+
+
+def _own_classes(spec: DecodeSpec, config: DecodeConfig) -> int:
+    """Classes that a warp meets: ``kOwnClasses`` of tiles.cuh."""
+    if not _is_settled(spec):
+        return spec.dither_rows
+    return spec.dither_rows // math.gcd(spec.dither_rows // TILE, config.warps)
 
 
 def _tile_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
@@ -81,10 +103,20 @@ def _tile_alignment(spec: DecodeSpec) -> int:
     return row if row & (row - 1) == 0 else 16
 
 
+def _is_settled(spec: DecodeSpec) -> bool:
+    return spec.bound is BoundKind.STATISTICAL
+
+
+def _bound_sums(spec: DecodeSpec) -> int:
+    return _BOUND_SUMS[spec.bound][spec.sample_values]
+
+
 def _sums(spec: DecodeSpec) -> int:
-    if spec.bound is BoundKind.ESTIMATE:
-        return _OTHER_SUMS + _ESTIMATE_SUMS
-    return _OTHER_SUMS + _CERTAIN_SUMS + spec.sample_values
+    return _OTHER_SUMS + _bound_sums(spec)
+
+
+def _extremes(spec: DecodeSpec) -> int:
+    return _SETTLED_EXTREMES if _is_settled(spec) else 1
 
 
 def _dither_shares(spec: DecodeSpec, config: DecodeConfig) -> int:

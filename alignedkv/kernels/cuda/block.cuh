@@ -30,6 +30,22 @@ constexpr int kOffsets = 1;                                // weights times what
 constexpr int kFirstBound = 2;                             // those of the bound ...
 constexpr int kSumCount = kFirstBound + Sums::kCount;
 
+constexpr int kClassSums = kSettled ? kAllClassSums : 1;
+constexpr int kClassRows = kClassSums * kDitherRows;
+
+// Maxima over tokens.
+enum Extreme {
+  kDraw,  // log2 of M / theta_s of sampling.md, Theorem S1, times the denominator
+  kKeyScale,
+  kValueScale,
+  kAllExtremes
+};
+constexpr int kExtremes = kSettled ? kAllExtremes : 1;
+
+__device__ __forceinline__ constexpr bool is_kept(int extreme) {
+  return extreme == kDraw ? kSampleValues : kSettled;
+}
+
 __device__ __forceinline__ constexpr bool is_square(int sum) {
   return sum >= kFirstBound && Sums::is_square(sum - kFirstBound);
 }
@@ -37,10 +53,10 @@ __device__ __forceinline__ constexpr bool is_square(int sum) {
 // What a block found, relative to exp2(reference).
 struct alignas(16) Partial {
   float output[kGroup][kChannels];      // digits times weights
-  float classes[kDitherRows][kHeads];   // B of theory.md (2.3): weights times value scales
+  float classes[kClassRows][kHeads];
   float sums[kSumCount][kHeads];
   float reference[kHeads];
-  float largest_draw[kHeads];           // log2 of M / theta_s of sampling.md, Theorem S1, times the denominator
+  float extremes[kExtremes][kHeads];
 };
 static_assert(sizeof(Partial) == 4 * kPartialFloats);
 static_assert(sizeof(Query) == kQueryBytes);
@@ -93,16 +109,30 @@ struct Reads {
   u32 keys, values;
 };
 
-struct DecodeShared {
+// What a statistical bound wants besides, of each warp.
+template <bool kExists>
+struct alignas(16) Settled {
+  SettledSums::Memory memory[kWarps];
+  __device__ __forceinline__ SettledSums::Memory& settled(int warp) { return memory[warp]; }
+  __device__ __forceinline__ const SettledSums::Memory& settled(int warp) const {
+    return memory[warp];
+  }
+};
+template <>
+struct Settled<false> {
+  __device__ SettledSums::Memory& settled(int warp) const;  // nobody calls it
+};
+
+struct DecodeShared : Settled<kSettled> {
   Query query;
   float constants[kConstants][kHeads];
-  float classes[kWarps][kDitherRows][kHeads];
+  float classes[kWarps][kOwnClasses][kHeads];
   Reads lane_reads[kWarps][32];
   float reference[kWarps][kHeads];
   float factor[kWarps][kHeads];
   float sums[kWarps][kSumCount][kHeads];
   float theta[kHeads];
-  float largest_draw[kWarps];
+  float extremes[kWarps][kExtremes];
   float largest_square;  // most of (sigma(1) / g)^2
   float sampling_share;  // theta_s / theta
   u32 work;              // of the block's warps

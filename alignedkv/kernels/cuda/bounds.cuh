@@ -5,7 +5,17 @@
 
 #include "copies.cuh"
 #include "query.cuh"
-#include "rows.cuh"
+#include "tiles.cuh"
+
+// What only a statistical bound wants to know of a token (settled_rule.cuh).
+struct SettledToken {
+  float finest[kGroup];  // scores from all planes that were read, used or not, relative to the hint
+  u32 used;              // two bits a head: planes of its score, less one
+  bool errs;             // not a row that is kept exact, or that nobody attends to
+  int of_class;          // among the warp's own
+
+  __device__ __forceinline__ int planes_of(int g) const { return (used >> 2 * g & 3) + 1; }
+};
 
 // What a token brings to the sums of all heads of its group.
 struct Token {
@@ -14,12 +24,16 @@ struct Token {
   float value_step;  // likewise; of no meaning where no value plane was read
   bool has_value;
   float per_chance;  // 1 / probability with which the value row was read; 1 if for certain
+  SettledToken settled;
 };
 
 // x - 1 for a fast reciprocal x of a chance, not below what it stands for; 0 where the row is certain.
 __device__ __forceinline__ float less_one(float x) {
   return x > 1.0f ? fmaf(x, 1.0f + 0x1p-21f, -1.0f) : 0.0f;
 }
+
+// Whether score errors are counted at their worst.
+constexpr bool kCertain = kBound == Bound::Deterministic;
 
 // Whether weights are freed of what a random score error adds to them on average (theory.md 5.1).  A
 // cap bends scores, and what is added then depends on where.
@@ -52,16 +66,19 @@ constexpr float kWeightRounding = 0x1p-15f;
 // A prefix without its dither is at most so many row scales (a+ of sampling.md, Theorem S1).
 constexpr float kLargestPrefix = 8.0f;
 
-// Whether score errors are counted at their worst: for a bound that must not rest on an estimate.
-constexpr bool kCertain = kBound != Bound::Estimate;
+// The value error of a row that was read, without its weight.  0.01 units: the rounding of a stored
+// value (theory.md 2).
+__device__ __forceinline__ float read_error(const Token& token) {
+  return token.value_scale * fmaf(0.5f, token.value_step, 0.01f / (1 << kScaleShift));
+}
 
-template <bool kCertain>
+template <Bound kKind>
 struct SumsOf;
 
 // Estimate 9, (5.7) of theory.md, with the tokens' sums of one kind kept together: the variance of
 // keys, values and sampling, and what is added outright, skipped rows and the bias of weights.
 template <>
-struct SumsOf<false> {
+struct SumsOf<Bound::Estimate> {
   static constexpr int kCount = 2;
   float variance[kGroup] = {}, certain[kGroup] = {};
 
@@ -136,16 +153,14 @@ struct SumsOf<false> {
   __device__ __forceinline__ static constexpr bool is_square(int sum) { return sum == 0; }
 };
 
-// Theorem 5 in its scalar form (4.3).  A statistical bound is this one too, which is the smaller of it
-// and Corollary 8 for peaky heads; with sampled value rows Theorem S1 of sampling.md joins it.
+// Theorem 5 in its scalar form (4.3).
 template <>
-struct SumsOf<true> {
-  static constexpr int kCount = 4 + kSampleValues;
-  float drawn[kSampleValues ? kGroup : 1] = {};  // variance of sampling
+struct SumsOf<Bound::Deterministic> {
+  static constexpr int kCount = 4;
   float score[kGroup] = {}, score_size[kGroup] = {}, value[kGroup] = {}, smallest[kGroup] = {};
 
   struct Shared {
-    float size, value_error, scale, step, drawn;
+    float size, value_error, scale, step;
     static constexpr bool is_coarse = false;
   };
   __device__ __forceinline__ static Shared shared_of(const Token& token, float) {
@@ -153,15 +168,7 @@ struct SumsOf<true> {
     s.size = kHalfRange * token.value_scale;
     s.scale = token.key_scale;
     s.step = token.key_scale * token.key_step;
-    // 0.01 units: the rounding of a stored value (theory.md 2).
-    const float read = token.value_scale * fmaf(0.5f, token.value_step, 0.01f / (1 << kScaleShift));
-    s.value_error = token.has_value ? read : s.size;
-    if constexpr (kSampleValues) {
-      // A row left to chance errs as if it had been read, and varies.
-      const float largest = kLargestPrefix * token.value_scale;
-      s.drawn = largest * largest * less_one(token.per_chance);
-      s.value_error = read;
-    }
+    s.value_error = token.has_value ? read_error(token) : s.size;
     return s;
   }
 
@@ -176,7 +183,6 @@ struct SumsOf<true> {
     score_size[g] = fmaf(grown, s.size, score_size[g]);
     value[g] = fmaf(weight, s.value_error, value[g]);
     smallest[g] = fmaf(weight, exp2_fast(-kLog2e * e), smallest[g]);
-    if constexpr (kSampleValues) drawn[g] = fmaf(weight * weight, s.drawn, drawn[g]);
     return weight;
   }
 
@@ -191,52 +197,55 @@ struct SumsOf<true> {
 
   template <int kSum>
   __device__ __forceinline__ float& at(int g) {
-    if constexpr (kSum == 4) return drawn[g];
     return kSum == 0 ? score[g] : kSum == 1 ? score_size[g] : kSum == 2 ? value[g] : smallest[g];
   }
-  __device__ __forceinline__ static constexpr bool is_square(int sum) { return sum == 4; }
+  __device__ __forceinline__ static constexpr bool is_square(int) { return false; }
 };
 
-using Sums = SumsOf<kCertain>;
+#include "settled_sums.cuh"
+
+using Sums = SumsOf<kBound>;
 
 // ---- the bound ------------------------------------------------------------------------------------
 
 // What a head's bound is made of, once its sums are complete.
 struct HeadTotals {
-  float sums[Sums::kCount];  // divided by the denominator, or by its square
-  float classes;                     // sum of weights times value scales, divided
-  float sink;                        // weight of the sink logit
-  float spread_hint, spread;         // rho
-  float size;                        // of the output
-  float largest_draw;                // M of sampling.md, Theorem S1
+  float sums[Sums::kCount];   // divided by the denominator, or by its square
+  float classes;              // sum of weights times value scales, divided
+  float sink;                 // weight of the sink logit
+  float spread_hint, spread;  // rho
+  float size;                 // of the output
+  float largest_draw;         // M of sampling.md, Theorem S1
 };
 
-// Bound on the largest error of a channel.  Sums of up to 2^13 roundings are within 2^-11 of exact;
-// the last factor pays for them (theory.md 7.2).
-__device__ __forceinline__ float bound_of(const HeadTotals& head, float z) {
-  constexpr float kPaid = 1.0f + 0x1p-9f;
-  // Sums in float32 of the value products, over the tiles of a warp, warps and splits.
-  const float arithmetic = 0x1p-18f * (2 * 16 * head.classes + head.size);
-  if constexpr (!kCertain) {
-    // The spread in R was the hint; where it came out larger, R grew at most in proportion.
-    const float stale = head.spread > head.spread_hint ? head.spread / head.spread_hint : 1.0f;
-    float random = z * sqrtf(head.sums[0]);
-    if constexpr (kSampleValues) {
-      // Bernstein's form of (S2): needs the variances only together.
-      const float draw = z * z * head.largest_draw * (1.0f / 6);
-      random = draw + sqrtf(fmaf(draw, draw, random * random));
-    }
-    return kPaid * (stale * (random + head.sums[1]) + arithmetic);
-  } else {
-    float drawn = 0;
-    if constexpr (kSampleValues) {
-      const float draw = z * z * head.largest_draw * (1.0f / 6);
-      drawn = draw + sqrtf(fmaf(draw, draw, z * z * head.sums[4]));
-    }
-    const float value = head.sums[2] + arithmetic;
-    const float smallest = (head.sums[3] + head.sink) * (1.0f - 0x1p-10f);
-    // The theorem speaks of the output with all rows read; this one is within `drawn` of it.
-    const float spread = head.spread + drawn;
-    return kPaid * (value + (head.sums[1] + (spread + value) * head.sums[0]) / smallest + drawn);
+// Sums of up to 2^13 roundings are within 2^-11 of exact (theory.md 7.2).
+constexpr float kPaid = 1.0f + 0x1p-9f;
+
+// Sums in float32 of the value products, over the tiles of a warp, warps and splits.
+__device__ __forceinline__ float value_rounding(const HeadTotals& head) {
+  return 0x1p-18f * (2 * 16 * head.classes + head.size);
+}
+
+__device__ __forceinline__ float estimate(const HeadTotals& head, float z) {
+  // The spread in R was the hint; where it came out larger, R grew at most in proportion.
+  const float stale = head.spread > head.spread_hint ? head.spread / head.spread_hint : 1.0f;
+  float random = z * sqrtf(head.sums[0]);
+  if constexpr (kSampleValues) {
+    // Bernstein's form of (S2): needs the variances only together.
+    const float draw = z * z * head.largest_draw * (1.0f / 6);
+    random = draw + sqrtf(fmaf(draw, draw, random * random));
   }
+  return kPaid * (stale * (random + head.sums[1]) + value_rounding(head));
+}
+
+// Theorem 5, from the first sums.
+__device__ __forceinline__ float certain_bound(const HeadTotals& head) {
+  const float value = head.sums[2] + value_rounding(head);
+  const float smallest = (head.sums[3] + head.sink) * (1.0f - 0x1p-10f);
+  return kPaid * (value + (head.sums[1] + (head.spread + value) * head.sums[0]) / smallest);
+}
+
+// Bound on the largest error of a channel.
+__device__ __forceinline__ float bound_of(const HeadTotals& head, float z) {
+  return kCertain ? certain_bound(head) : estimate(head, z);
 }

@@ -13,6 +13,7 @@
 #include "rows.cuh"
 #include "tiles.cuh"
 #include "worker.cuh"
+#include "settled_rule.cuh"
 #include "open.cuh"
 #include "refine.cuh"
 #include "settle.cuh"
@@ -26,9 +27,10 @@ __device__ __forceinline__ void set_constants(
     const DecodeArguments& a, DecodeShared& shared, const Query& query, i64 of_head, int g) {
   const i64 query_head = of_head * kGroup + g;
   const float infinity = __int_as_float(0x7f800000);
-  // A repair knows what the pass before it found.
-  const float log_z = a.pass == 0 ? query.numbers[kLogZ][g] : a.state.log_z[query_head];
-  const float spread = a.state.spread[query_head];
+  // A repair knows what the pass before it found; the settled rule must not.
+  const bool as_told = kSettled || a.pass == 0;
+  const float log_z = as_told ? query.numbers[kLogZ][g] : a.state.log_z[query_head];
+  const float spread = kSettled ? query.numbers[kToldSpread][g] : a.state.spread[query_head];
   float theta = a.pass == 0 ? a.state.theta[query_head] : a.workspace.retry_theta[query_head];
   if (a.pass > 0 && a.pass == a.step.repairs) theta = 0.0f;
   const bool known = fabsf(log_z) < infinity;
@@ -39,7 +41,8 @@ __device__ __forceinline__ void set_constants(
   float(&to)[kConstants][kHeads] = shared.constants;
   to[kHint][g] = hint;
   to[kOffset][g] = kSoftcap ? query.numbers[kBase][g] : query.numbers[kBase][g] - hint;
-  to[kMargin][g] = a.step.plan_margin * kLog2e * deviation;
+  const float margin = kSettled ? a.step.deviations : a.step.plan_margin;
+  to[kMargin][g] = margin * kLog2e * deviation;
   to[kReachSize][g] = kHalfRange * error;
   to[kReachSpread][g] = spread * error;
   to[kValueGain][g] = log2_fast((kCertain ? 0.5f : 0.288675135f) / theta);
@@ -98,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
     const Course course = Course::of(range, split, splits, warp);
 #pragma unroll
     for (int stage = 0; stage < kKeyStages; ++stage) {
-      const int token = course.token + stage * course.step;
+      const int token = Course::tile_at(course.token + stage * course.step);
       if (token + kTile < range.end) {
         worker.fetch(range, token, stage);
         fetched[stage] = true;
@@ -106,7 +109,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
     }
   }
   float4* classes = reinterpret_cast<float4*>(shared.classes[warp]);
-  for (int i = lane; i < kDitherRows * kHeadBlocks; i += 32) classes[i] = make_float4(0, 0, 0, 0);
+  for (int i = lane; i < kOwnClasses * kHeadBlocks; i += 32) classes[i] = make_float4(0, 0, 0, 0);
   if (lane < kHeads) shared.reference[warp][lane] = kNever;
   shared.lane_reads[warp][lane] = {0, 0};
   if (threadIdx.x < 2 * kStoredPlanes) shared.reads[threadIdx.x] = 0;
@@ -125,14 +128,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   const Course course = Course::of(range, split, splits, warp);
 #pragma unroll
   for (int stage = 0; stage < kKeyStages; ++stage) {
-    const int token = course.token + stage * course.step;
-    if (token < course.end && !fetched[stage]) {
-      worker.fetch(range, token, stage);
+    const int place = course.token + stage * course.step;
+    if (place < course.end && !fetched[stage]) {
+      worker.fetch(range, Course::tile_at(place), stage);
     }
     commit_copies();
   }
   await_copies<0>();
   __syncwarp();
+  if constexpr (kSettled) worker.start_sums(worker.sums, course);
   worker.run(range, course, shared.trusted);
 
   release_next_kernel();

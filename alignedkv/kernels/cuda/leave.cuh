@@ -77,9 +77,10 @@ __device__ __forceinline__ void Worker::leave_sums() {
       if (lane == 0) to[kFirstBound + kSum][g] = sum;
     });
   }
+  if constexpr (kSettled) leave_extremes();
   if constexpr (kSampleValues) {
     const float most = warp_max(largest_draw);
-    if (lane == 0) block.largest_draw[warp] = most;
+    if (lane == 0) block.extremes[warp][kDraw] = most;
   }
 }
 

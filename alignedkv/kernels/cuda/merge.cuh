@@ -1,20 +1,9 @@
 // The end of a step: sums of warps to a block's, of blocks to a head's, and the head's answer.
 
 #include "block.cuh"
+#include "bounds_statistical.cuh"
 #include "near.cuh"
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-  return x;
-}
-
-// Largest of numbers of any sign, by the order of their bits.
-__device__ __forceinline__ float warp_max(float x) {
-  const int bits = __float_as_int(x), ordered = bits ^ (bits >> 31 & 0x7fffffff);
-  const int largest = __reduce_max_sync(kAllLanes, ordered);
-  return __int_as_float(largest ^ (largest >> 31 & 0x7fffffff));
-}
+#include "warps.cuh"
 
 // Threads that share the dither classes of a channel: a power of two, as their number is.
 constexpr int dither_shares() {
@@ -45,22 +34,28 @@ __device__ __forceinline__ void set_warp_factors(DecodeShared& shared, Partial& 
       shared.factor[w][g] = exp2_fast(shared.reference[w][g] - top);
     }
     store_past_l1(&part.reference[g], top);
-    if constexpr (kSampleValues) {
-      float draw = shared.largest_draw[0];
 #pragma unroll
-      for (int w = 1; w < kWarps; ++w) draw = fmaxf(draw, shared.largest_draw[w]);
-      store_past_l1(&part.largest_draw[g], draw);
+    for (int e = 0; e < kExtremes; ++e) {
+      if (!is_kept(e)) continue;
+      float most = shared.extremes[0][e];
+#pragma unroll
+      for (int w = 1; w < kWarps; ++w) most = fmaxf(most, shared.extremes[w][e]);
+      store_past_l1(&part.extremes[e][g], most);
     }
   }
 }
 
 // Sums and class sums of the block.
 __device__ __forceinline__ void leave_block_sums(const DecodeShared& shared, Partial& part) {
-  for (int i = threadIdx.x; i < kDitherRows * kHeads; i += kThreads) {
+  for (int i = threadIdx.x; i < kClassRows * kHeads; i += kThreads) {
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      sum = fmaf(shared.factor[w][i % kHeads], (&shared.classes[w][0][0])[i], sum);
+      if constexpr (kSettled) {
+        sum = fmaf(shared.factor[w][i % kHeads], class_sum(shared, w, i), sum);
+      } else {
+        sum = fmaf(shared.factor[w][i % kHeads], (&shared.classes[w][0][0])[i], sum);
+      }
     }
     store_past_l1(&part.classes[0][0] + i, sum);
   }
@@ -83,20 +78,31 @@ __device__ __forceinline__ void set_factors(
     float (*factor)[kHeads], Partial& whole, const Partial* parts, int splits) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   for (int g = warp; g < kHeads; g += kWarps) {
-    float top = kNever, draw = kNever;
+    float top = kNever, most[kExtremes];
+#pragma unroll
+    for (float& each : most) each = kNever;
     for (int i = lane; i < splits; i += 32) {
       const float reference = load_past_l1(&parts[i].reference[g]);
       factor[i][g] = reference, top = fmaxf(top, reference);
-      if constexpr (kSampleValues) draw = fmaxf(draw, load_past_l1(&parts[i].largest_draw[g]));
+#pragma unroll
+      for (int e = 0; e < kExtremes; ++e) {
+        if (is_kept(e)) most[e] = fmaxf(most[e], load_past_l1(&parts[i].extremes[e][g]));
+      }
     }
-    top = warp_max(top), draw = warp_max(draw);
+    top = warp_max(top);
+#pragma unroll
+    for (float& each : most) each = warp_max(each);
     for (int i = lane; i < splits; i += 32) factor[i][g] = exp2_fast(factor[i][g] - top);
-    if (lane == 0) whole.reference[g] = top, whole.largest_draw[g] = draw;
+    if (lane == 0) {
+      whole.reference[g] = top;
+#pragma unroll
+      for (int e = 0; e < kExtremes; ++e) whole.extremes[e][g] = most[e];
+    }
   }
 }
 
 // Four floats of a Partial, of some splits.
-constexpr int kColumns = (kGroup * kChannels + (kDitherRows + kSumCount) * kHeads) / 4;
+constexpr int kColumns = (kGroup * kChannels + (kClassRows + kSumCount) * kHeads) / 4;
 struct PartColumns {
   static constexpr int kBatch = 9;
   float4 x[kBatch];
@@ -117,7 +123,7 @@ __device__ __forceinline__ void sum_parts(
     Partial& whole, const Partial* parts, const PartColumns& fetched, const float (*factor)[kHeads],
     int splits) {
   constexpr int kOutputColumns = kGroup * kChannels / 4;
-  constexpr int kSumColumn = kOutputColumns + kDitherRows * kHeads / 4;
+  constexpr int kSumColumn = kOutputColumns + kClassRows * kHeads / 4;
   for (int column = threadIdx.x; column < kColumns; column += kThreads) {
     const bool is_output = column < kOutputColumns;
     const int head = is_output ? 4 * column / kChannels : 4 * (column % kHeadBlocks);
@@ -267,8 +273,14 @@ __device__ __forceinline__ bool answer(
   head.spread_hint = before.spread, head.spread = spread;
   head.size = size + largest_mean;
   head.largest_draw = shared.theta[g] * shared.sampling_share *
-                      exp2_fast(whole.largest_draw[g] - top) * inverse;
-  float bound = empty ? 0.0f : bound_of(head, a.step.deviations);
+                      exp2_fast(whole.extremes[kDraw][g] - top) * inverse;
+  float bound;
+  if constexpr (kSettled) {
+    bound = statistical_bound(a.step, shared.query, head, whole, g, inverse, largest_mean);
+  } else {
+    bound = bound_of(head, a.step.deviations);
+  }
+  if (empty) bound = 0.0f;
   if (!(bound >= 0) || is_nan) bound = __int_as_float(0x7f800000);
   const bool missed = !(bound <= a.step.tolerance * (size - bound));
   if (lane != 0) return missed;

@@ -34,6 +34,7 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
   }
 
   float excess = kNever, above = kNever;
+  ReadingTest reading;
   {
     float margin[kGroup], size[kGroup], spread[kGroup], wish[kGroup];
     load_heads(margin, block.constants[kMargin]);
@@ -44,12 +45,14 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
     for (int g = 0; g < kGroup; ++g) {
       const float plausible = fminf(fmaf(margin[g], key_scale, t.score[g]), 0.0f);
       const float addend = key_scale * fmaf(size[g], value_scale, spread[g]);
-      excess = fmaxf(excess, plausible + log2_fast(addend));
+      const float log_addend = log2_fast(addend);
+      excess = fmaxf(excess, plausible + log_addend);
+      if constexpr (kSettled) reading.add(t.score[g], margin[g] * key_scale, log_addend);
       above = fmaxf(above, plausible + wish[g]);
     }
     above += log2_fast(value_scale);
   }
-  t.key_planes = planes_for(valid ? excess : kNever);
+  t.key_planes = kSettled ? reading.planes(valid) : planes_for(valid ? excess : kNever);
   t.wants_value = valid && above > 0.0f;
   t.chance = 1.0f;
   if constexpr (kSampleValues) {

@@ -9,6 +9,7 @@
 #include "near.cuh"
 #include "query.cuh"
 #include "rows.cuh"
+#include "warps.cuh"
 
 // Warps that turn queries, one that encodes the new key, one the new value.
 constexpr int kQueryWarps = 6;
@@ -39,12 +40,6 @@ __device__ __forceinline__ void touch(const void* from, int bytes) {
     u32 word;
     asm volatile("ld.global.u32 %0, [%1];" : "=r"(word) : "l"(static_cast<const u8*>(from) + i));
   }
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int distance = 16; distance; distance /= 2) x += __shfl_xor_sync(kAllLanes, x, distance);
-  return x;
 }
 
 // One warp: query head -> its numbers and 16-bit integers.
@@ -281,8 +276,11 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
   }
   if constexpr (!kUsesNearRows) {
     if (threadIdx.x < kWholeGroup) {
+      const i64 query_head = of_head * kWholeGroup + threadIdx.x;
+      const int g = threadIdx.x % kGroup;
       float(&numbers)[kNumbers][kHeads] = queries[threadIdx.x / kGroup].numbers;
-      numbers[kLogZ][threadIdx.x % kGroup] = a.state.log_z[of_head * kWholeGroup + threadIdx.x];
+      numbers[kLogZ][g] = a.state.log_z[query_head];
+      numbers[kToldSpread][g] = a.state.spread[query_head];
     }
   } else {
     // Known from the step before; wanted when the near rows are summed.

@@ -7,6 +7,9 @@
 constexpr int kHeadBlocks = (kGroup + 3) / 4;
 constexpr int kHeads = 4 * kHeadBlocks;
 constexpr float kLog2e = 1.44269504f;
+// A statistical bound wants planes by the settled rule, whose hints must not depend on this step's
+// dither: they are those of the step before (theory.md 5.3).
+constexpr bool kSettled = kBound == Bound::Statistical;
 
 // Lane (r, c) of a key product holds, of row r, kLaneWords words in pieces of kPieceBytes: piece p at
 // byte kPieceBytes (c + 4 p).  The piece is the widest that meets no bank twice and leaves none over.
@@ -37,7 +40,8 @@ enum Number {
   kNear,       // log-sum-exp of the near rows' first scores, natural (policy.py, NEAR_FIRST)
   kExplained,  // what the query alone explains of the other rows' log-sum-exp, natural
   kLogZ,       // the hint of log Z that follows, natural
-  kNumbers
+  kNumbers,
+  kToldSpread = kNear,  // settled rule, which has no near rows: the hint of rho, repairs included
 };
 
 struct alignas(16) Query {

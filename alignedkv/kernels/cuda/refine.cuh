@@ -20,6 +20,7 @@ __device__ __forceinline__ void Worker::settle_reference(const Tokens& t, bool t
 
 // Scores from all key planes that were read.
 __device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
+  if constexpr (kSettled) start_settling(t);
   if (!__any_sync(kAllLanes, t.key_planes >= 2)) return;
   work += kWorkOfKeys;
   constexpr int kWidth = kWidths[1];
@@ -36,8 +37,12 @@ __device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
     }
   }
   __syncwarp();
+  if constexpr (kSettled) {
+    keep_or_drop<2>(t, t.key_planes >= 2);
+    __syncwarp();
+  }
   if constexpr (kStoredPlanes >= 3) add_rare_planes(t, keys);
-  if (t.key_planes >= 2) {
+  if (!kSettled && t.key_planes >= 2) {
     float finer[kGroup], unit[kGroup], half[kGroup];
     load_heads(finer, mine.scores[lane]);
     load_heads(unit, block.query.numbers[kUnit16]);
@@ -58,7 +63,7 @@ __device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
 }
 
 // Third and later planes, 16 rows at a time; the first round's third plane is there already.
-__device__ __forceinline__ void Worker::add_rare_planes(const Tokens& t, FinerKeys& keys) {
+__device__ __forceinline__ void Worker::add_rare_planes(Tokens& t, FinerKeys& keys) {
   const u32 third_rows = __ballot_sync(kAllLanes, t.key_planes >= 3);
   const int count = __popc(third_rows);
   for (int first = 0; first < count; first += kRareRows) {
@@ -91,6 +96,12 @@ __device__ __forceinline__ void Worker::add_rare_planes(const Tokens& t, FinerKe
         for (int b = 0; b < kHeadBlocks; ++b) scores[4 * b + c] += kScale * static_cast<float>(x[b][i]);
       }
       __syncwarp();
+      if constexpr (kSettled) {
+        const int place = __popc(third_rows & ((1u << lane) - 1));
+        const bool is_here = place >= first && place < first + rows_here;
+        keep_or_drop<kPlane + 1>(t, is_here && t.key_planes > kPlane);
+        __syncwarp();
+      }
     });
   }
 }

@@ -27,7 +27,8 @@ __device__ __forceinline__ int Worker::settle(Tokens& t, float (&scaled)[kGroup]
   token.key_scale = t.key_scale(), token.value_scale = t.value_scale();
   token.key_step = step_of(t.key_planes), token.value_step = step_of(value_planes);
   token.has_value = t.wants_value, token.per_chance = per_chance;
-  const auto shared = Sums::shared_of(token, block.largest_square);
+  if constexpr (kSettled) token.settled = settled_token(t);
+  const auto shared = sums.shared_of(token, block.largest_square);
   float first[kGroup], second[kGroup];  // coefficients of the bound's addends
   load_heads(first, block.constants[kError]);
   load_heads(second, block.constants[kErrorMore]);
@@ -56,10 +57,11 @@ __device__ __forceinline__ int Worker::plan_value(const Tokens& t) const {
   float margin[kGroup], wish[kGroup];
   load_heads(margin, block.constants[kMargin]);
   load_heads(wish, block.constants[kValueGain]);
-  const float step = t.key_scale() * step_of(t.key_planes);
   float excess = kNever;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
+    const int planes = kSettled ? t.settled.planes_of(g) : t.key_planes;
+    const float step = t.key_scale() * step_of(planes);
     excess = fmaxf(excess, fminf(fmaf(margin[g], step, t.score[g]), 0.0f) + wish[g]);
   }
   excess += log2_fast(t.value_scale());
@@ -73,7 +75,7 @@ __device__ __forceinline__ int Worker::plan_value(const Tokens& t) const {
 __device__ __forceinline__ void Worker::add_to_classes(
     const Tokens& t, const float (&scaled)[kGroup]) {
   if (t.wants_value) {
-    float* of_class = block.classes[warp][dither_class(t.token)];
+    float* of_class = block.classes[warp][own_class(dither_class(t.token))];
     float sum[kGroup];
     load_heads(sum, of_class);
 #pragma unroll

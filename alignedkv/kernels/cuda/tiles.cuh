@@ -105,14 +105,59 @@ struct Share {
   }
 };
 
+// The settled rule sums per class.  The classes of a tile are one block of 32 dither rows, and every
+// kDitherRows tokens hold a tile of each block.  Warps take the tiles in the order of their blocks
+// there, and so meet every kBlocksApart-th block only: class sums of a warp are for these.
+constexpr int kClassBlocks = kDitherRows / kTile;
+
+constexpr int common_divisor(int a, int b) { return b ? common_divisor(b, a % b) : a; }
+constexpr int kBlocksApart = kSettled ? common_divisor(kClassBlocks, kWarps) : 1;
+constexpr int kOwnClasses = kDitherRows / kBlocksApart;
+
+// Where a class lies among those that a warp meets.
+__device__ __forceinline__ int own_class(int of_token) {
+  if constexpr (kBlocksApart == 1) return of_token;
+  return of_token / (kTile * kBlocksApart) * kTile + of_token % kTile;
+}
+
 // A warp's tiles, as tokens they begin with.  Taken in turn by all warps of a head, since important
 // tokens come in runs; else each block has a run of neighbours.
 struct Course {
   int token, end, step;
 
   __device__ __forceinline__ static Course of(const Range& range, int split, int splits, int warp) {
+    if constexpr (kSettled) return by_class(range, split, splits, warp);
+    return of_tiles(range.first_tile(), range.tiles(), split, splits, warp);
+  }
+
+  // The tile at a place of the course.
+  __device__ __forceinline__ static int tile_at(int token) {
+    if constexpr (!kSettled) return token;
+    return token / kDitherRows * kDitherRows + dither_class(token) / kTile * kTile;
+  }
+
+ private:
+  // Whole blocks of dither rows; of those at the ends, tiles that nobody attends to are left out.
+  __device__ __forceinline__ static Course by_class(
+      const Range& range, int split, int splits, int warp) {
+    const int first = range.first / kDitherRows * kClassBlocks;
+    const int end = (range.end + kDitherRows - 1) / kDitherRows * kClassBlocks;
+    const int tiles = range.end > range.first ? end - first : 0;
+    Course course = of_tiles(first, tiles, split, splits, warp);
+    if (course.token < course.end && tile_at(course.token) + kTile <= range.first) {
+      course.token += course.step;
+    }
+    if (course.token < course.end) {
+      const int steps = (course.end - 1 - course.token) / course.step;
+      const int last = course.token + steps * course.step;
+      if (tile_at(last) >= range.end) course.end = last;
+    }
+    return course;
+  }
+
+  __device__ __forceinline__ static Course of_tiles(
+      int first_tile, int tiles, int split, int splits, int warp) {
     Course course;
-    const int tiles = range.tiles();
     int first, end, step;
     if constexpr (kStridedTiles) {
       first = warp * splits + split, end = tiles, step = splits * kWarps;
@@ -121,8 +166,8 @@ struct Course {
       first = begin + warp, step = kWarps;
       end = static_cast<int>(static_cast<i64>(tiles) * (split + 1) / splits);
     }
-    course.token = (range.first_tile() + first) * kTile;
-    course.end = (range.first_tile() + end) * kTile;
+    course.token = (first_tile + first) * kTile;
+    course.end = (first_tile + end) * kTile;
     course.step = step * kTile;
     return course;
   }

@@ -73,6 +73,7 @@ struct Tokens {
   float chance;         // with which the value row is read
   int key_planes;       // wanted, or read
   bool wants_value;
+  SettledToken settled;
 
   __device__ __forceinline__ float key_scale() const { return scale_of(scales & 0xffff); }
   __device__ __forceinline__ float value_scale() const { return scale_of(scales >> 16); }
@@ -121,7 +122,7 @@ class Worker {
   __device__ __forceinline__ void fetch_finer(const Tokens& t, int first_token, FinerKeys& to);
   __device__ __forceinline__ void settle_reference(const Tokens& t, bool trusted);
   __device__ __forceinline__ void refine(Tokens& t, FinerKeys& keys);
-  __device__ __forceinline__ void add_rare_planes(const Tokens& t, FinerKeys& keys);
+  __device__ __forceinline__ void add_rare_planes(Tokens& t, FinerKeys& keys);
   __device__ __forceinline__ int settle(Tokens& t, float (&scaled)[kGroup]);
   __device__ __forceinline__ int plan_value(const Tokens& t) const;
   __device__ __forceinline__ void add_to_classes(const Tokens& t, const float (&scaled)[kGroup]);
@@ -151,6 +152,14 @@ class Worker {
   __device__ __forceinline__ void clear_second_values();
   __device__ __forceinline__ void add_exact_rows(const Range& range, int split, int splits);
   __device__ __forceinline__ void leave_sums();
+  // The settled rule (settled_rule.cuh).
+  __device__ __forceinline__ void start_settling(Tokens& t) const;
+  template <int kPlanes>
+  __device__ __forceinline__ void keep_or_drop(Tokens& t, bool is_finer);
+  __device__ __forceinline__ SettledToken settled_token(const Tokens& t) const;
+  template <class SumsOfBound>
+  __device__ __forceinline__ void start_sums(SumsOfBound& sums, const Course& course);
+  __device__ __forceinline__ void leave_extremes();
 
   // So many of a tile's rows that picking them costs more than it saves.
   __device__ __forceinline__ static bool is_dense(u32 wanted) { return __popc(wanted) > kTile / 2; }
@@ -203,11 +212,12 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
     const bool has_next = token < course.end;
     Tokens next;
     if (has_next) {
-      next = open(range, token, stage);
+      const int tile = Course::tile_at(token);
+      next = open(range, tile, stage);
       if (!is_open) settle_reference(next, trusted);
-      fetch_finer(next, token, mine.finer);
+      fetch_finer(next, tile, mine.finer);
       const int ahead = token + kKeyStages * course.step;
-      if (ahead < course.end) fetch(range, ahead, stage);
+      if (ahead < course.end) fetch(range, Course::tile_at(ahead), stage);
       stage = stage + 1 < kKeyStages ? stage + 1 : 0;
     }
     commit_copies();
