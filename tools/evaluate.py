@@ -19,6 +19,7 @@ the latter is a tie that bf16 would not have told apart either.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import sys
@@ -106,8 +107,8 @@ def predictions(
     with torch.no_grad():
         answer = subject.model(subject.prompt, **{CACHE: prompt}, logits_to_keep=1)
     if options.greedy:
-        again = candidates.copy_of(prompt, subject)
-        subject = greedy(subject, again, answer.logits[:, -1].argmax(dim=-1, keepdim=True))
+        first = answer.logits[:, -1].argmax(dim=-1, keepdim=True)
+        subject = greedy(subject, copy.deepcopy(prompt), first)
     rows, differing, exact = [], [], None
     errors: dict[str, torch.Tensor] = {}
     for candidate in chosen:

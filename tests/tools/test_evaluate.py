@@ -27,9 +27,13 @@ class Letters:
         return "".join(map(chr, ids.tolist()))
 
 
+def subject_of(family: str) -> Subject:
+    return Subject(model=tiny(family), tokenizer=Letters(), tokens=prompt(1, 48), context=40)
+
+
 @pytest.fixture
 def subject() -> Subject:
-    return Subject(model=tiny("Llama"), tokenizer=Letters(), tokens=prompt(1, 48), context=40)
+    return subject_of("Llama")
 
 
 def options(*changes: str) -> Any:
@@ -37,7 +41,10 @@ def options(*changes: str) -> Any:
     return evaluate.parse([*required, *changes])
 
 
-def test_every_candidate_comes_close(subject: Subject) -> None:
+@pytest.mark.parametrize("family", ["Llama", "Gemma3"])
+def test_every_candidate_comes_close(family: str) -> None:
+    """Gemma 3 with a prompt longer than its window."""
+    subject = subject_of(family)
     _, tables = evaluate.predictions(subject, options("--bits", "4,8"))
     by_name = tables["predictions"].set_index("name")
     assert by_name.kl_mean["stock"] == 0

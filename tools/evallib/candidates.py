@@ -8,6 +8,7 @@ values.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,14 +63,6 @@ class Candidate(Protocol):
         """Logits along the text, given the exact cache of its prompt (which must not change)."""
 
 
-def copy_of(cache: DynamicCache, subject: Subject) -> DynamicCache:
-    """A stock cache of its own with the same rows."""
-    twin = DynamicCache(config=subject.model.config)
-    for index, layer in enumerate(cache.layers):
-        twin.update(layer.keys, layer.values, index)
-    return twin
-
-
 def _at_once(subject: Subject, cache: Any, **kwargs: Any) -> Tensor:
     """All positions in one forward pass: the same as one after the other for a stock cache."""
     with torch.no_grad():
@@ -85,7 +78,7 @@ class Stock:
 
     def follow(self, subject: Subject, prompt: DynamicCache) -> Answer:
         """See `Candidate`."""
-        return Answer(logits=_at_once(subject, copy_of(prompt, subject)), read_fraction=1.0)
+        return Answer(logits=_at_once(subject, copy.deepcopy(prompt)), read_fraction=1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +121,7 @@ class Bf16Attention:
             return output.to(query.dtype), None
 
         with _standing_in(subject, attend):
-            logits = _at_once(subject, copy_of(prompt, subject))
+            logits = _at_once(subject, copy.deepcopy(prompt))
         return Answer(logits=logits, read_fraction=1.0)
 
 
@@ -148,7 +141,7 @@ class Emulated:
         """See `Candidate`."""
         self.fractions.clear()
         with _standing_in(subject, self._attend):
-            logits = _at_once(subject, copy_of(prompt, subject))
+            logits = _at_once(subject, copy.deepcopy(prompt))
         return Answer(logits=logits, read_fraction=float(np.mean(self.fractions)))
 
     def _attend(
