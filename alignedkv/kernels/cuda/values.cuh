@@ -144,6 +144,7 @@ __device__ __forceinline__ void Worker::add_two_planes(
 template <int kPlane, int kPiece>
 __device__ __forceinline__ void Worker::add_plane(const ValueRows<kWidths[kPlane]>& rows) {
   constexpr int kWidth = kWidths[kPlane];
+  if constexpr (kPieces > 4) __syncwarp();  // as above
   Operands words, lower, upper;
   rows.template load<kPiece>(words, r, c);
   split_digits<kWidth>(lower, upper, words);
