@@ -105,7 +105,9 @@ def forecast(
         storage.bytes_stored(layer.spec, batch=batch, kv_heads=layer.kv_heads, capacity=context)
         for layer in layers
     ]
-    share = read_share(request.policy)
+    # Parts of a large group read for themselves.
+    reads = [layer.spec.subgroups * count for layer, count in zip(layers, numbers, strict=True)]
+    share = read_share(request.policy) * sum(reads) / sum(numbers)
     stock = STOCK_BYTES * sum(numbers)
     return Forecast(
         context=context,

@@ -37,6 +37,13 @@ def test_sliding_windows_do_not_count() -> None:
     assert (told.layers_served, told.layers_total) == (1, 2)
 
 
+def test_parts_of_a_large_group_read_for_themselves() -> None:
+    model = make_tiny("Llama", num_attention_heads=32, num_key_value_heads=2, head_dim=64)
+    told = runtime.forecast(model, context=1000, policy="output")
+    usual = runtime.forecast(tiny("Llama"), context=1000, policy="output")
+    assert told.bytes_read == 2 * usual.bytes_read
+
+
 def test_in_words() -> None:
     words = str(runtime.forecast(tiny("Llama"), context=4096, policy="output"))
     assert words.startswith("2 of 2 layers keep planes; at 1 x 4096 tokens a step reads about ")
