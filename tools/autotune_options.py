@@ -11,7 +11,7 @@ from alignedkv.kernels.spec import DTYPES, HEAD_DIMS, LAYOUTS, DecodeSpec
 from alignedkv.kernels.tune.data import SYNTHETIC
 from alignedkv.kernels.tune.search import STRATEGIES
 from alignedkv.planes import PlaneLayout
-from alignedkv.policy import BoundKind
+from alignedkv.policy import BoundKind, PrecisionPolicy
 from autotune_sweep import CAPTURED
 
 
@@ -48,7 +48,8 @@ def _add_problem(group: argparse._ArgumentGroup) -> None:
     add("--dtype", default="bfloat16", choices=DTYPES, help="of rows and queries")
     add("--layout", default="4|4|4|4", choices=LAYOUTS)
     add("--bound", type=BoundKind, default=BoundKind.ESTIMATE, choices=list(BoundKind))
-    add("--sample-values", action="store_true", help="sample value rows of little weight")
+    add("--sample-values", action=argparse.BooleanOptionalAction,
+        help="sample value rows of little weight (default: as the policy does)")  # fmt: skip
     add("--page-tokens", type=int, help="tokens of a page (default: contiguous)")
     add("--tolerance", type=_number, nargs="+", default=[2.0**-7], metavar="2^-7",
         help="the first is searched; at others the fastest are measured: the front")  # fmt: skip
@@ -94,6 +95,7 @@ def _number(text: str) -> float:
 def spec_of(options: argparse.Namespace) -> DecodeSpec:
     """The spec that the options describe."""
     layout = PlaneLayout.parse(options.layout)
+    policy = PrecisionPolicy(bound=options.bound, sample_values=options.sample_values)
     return DecodeSpec(
         head_dim=options.head_dim,
         group=options.group,
@@ -102,6 +104,6 @@ def spec_of(options: argparse.Namespace) -> DecodeSpec:
         layout=layout,
         stored_planes=len(layout),
         bound=options.bound,
-        sample_values=options.sample_values,
+        sample_values=bool(policy.sample_values),
         page_tokens=options.page_tokens,
     )

@@ -354,7 +354,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     timed.add_argument("--bound", default="estimate")
     timed.add_argument("--failure", type=float, default=1e-9)
     timed.add_argument("--layout", default="4|4|4|4")
-    timed.add_argument("--sample-values", action="store_true")
+    timed.add_argument(
+        "--sample-values", action=argparse.BooleanOptionalAction, help="default: the policy's"
+    )
     timed.add_argument("--exact-first", type=int, default=0, help="first rows kept exact")
     timed.add_argument("--set", nargs="*", default=[], metavar="TUNABLE=VALUE")
     published = commands.add_parser("paper", help="the AlignedKV paper's kernel, on a GPU")

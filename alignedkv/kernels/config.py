@@ -55,7 +55,7 @@ class DecodeConfig:
         Warps, and so rows in flight, of a block of encode.cu and dequantise.cu.
     """
 
-    warps: int = _tunable(8, 4, 6, 7, 8, 12, 14, 16)
+    warps: int = _tunable(8, 4, 6, 8, 12, 16)
     blocks_per_sm: int = _tunable(2, 1, 2, 3, 4)
     key_stages: int = _tunable(1, 1, 2, 3)
     strided_tiles: bool = _tunable(True, False, True)
@@ -131,7 +131,7 @@ def default_config(spec: DecodeSpec, target: DeviceTarget) -> DecodeConfig:
     ]
     if not legal:
         check_legal(spec, first, target)
-    roomy = (c for c in legal if registers(c, target) >= _registers_without_spills(spec))
+    roomy = (c for c in legal if registers(c, target) >= _registers_without_spills(spec, target))
     return next(roomy, legal[-1])
 
 
@@ -141,14 +141,16 @@ def registers(config: DecodeConfig, target: DeviceTarget) -> int:
     return min(target.registers_per_sm // resident, MAX_REGISTERS)
 
 
-def _registers_without_spills(spec: DecodeSpec) -> int:
+def _registers_without_spills(spec: DecodeSpec, target: DeviceTarget) -> int:
     """What decode.cu takes at most, read from the compiler (test_resources.py)."""
     if padded_heads(spec) > 4:
         return MAX_REGISTERS
     small_pages = spec.page_tokens is not None and spec.page_tokens < TILE
     if spec.bound is not BoundKind.ESTIMATE or small_pages or spec.exact_rows:
         return 160 if spec.channels <= 128 else MAX_REGISTERS
-    return 128 if spec.channels <= 128 else 176
+    if spec.channels > 128:
+        return 176
+    return 136 if target.arch == "sm_100" else 128
 
 
 def splits_per_head(

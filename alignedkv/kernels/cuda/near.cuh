@@ -33,12 +33,25 @@ struct NearRows {
   __device__ __forceinline__ static bool is_near(const Range& range, int token) {
     return range.holds(token) && (token < range.first + kNearFirst || token >= range.end - kNearLast);
   }
-  // The index-th tile that may hold some.
+  // Tiles that hold the first rows, and the next that may hold some of the last.
+  struct Tiles {
+    int first, behind_first, last;
+
+    __device__ __forceinline__ static Tiles of(const Range& range) {
+      const int first = range.first / kTile;
+      const int behind = (range.first + kNearFirst - 1) / kTile + 1;
+      return {first, behind, max(behind, max(range.end - kNearLast, 0) / kTile)};
+    }
+    // Where a tile stands among them, and back.
+    __device__ __forceinline__ int index(int tile) const {
+      return tile < behind_first ? tile - first : tile - last + behind_first - first;
+    }
+    __device__ __forceinline__ int tile(int index) const {
+      return first + index < behind_first ? first + index : last + index - (behind_first - first);
+    }
+  };
   __device__ __forceinline__ static NearRows of(const Range& range, int index) {
-    const int first = range.first / kTile, last_of_first = (range.first + kNearFirst - 1) / kTile;
-    const int behind = max(last_of_first + 1, max(range.end - kNearLast, 0) / kTile);
-    const int tile = first + index <= last_of_first ? first + index
-                                                    : behind + index - (last_of_first + 1 - first);
+    const int tile = Tiles::of(range).tile(index);
     NearRows near;
     near.token = tile * kTile, near.scale = 0;
     near.rows = __ballot_sync(kAllLanes, is_near(range, near.token + lane_of_thread()));
@@ -121,17 +134,18 @@ struct NearRows {
   }
 };
 
+constexpr float kLn2 = 0.693147181f;
+
 // log(e^a + e^b); -infinity adds nothing.
 __device__ __forceinline__ float log_add_exp(float a, float b) {
   const float larger = fmaxf(a, b), smaller = fminf(a, b);
   if (smaller == -infinity()) return larger;
-  return larger + log1pf(expf(smaller - larger));
+  return fmaf(kLn2, log2_fast(1.0f + exp2_fast(kLog2e * (smaller - larger))), larger);
 }
 
 // The hint of log Z of one query head, from all near tiles and what is remembered of the other rows.
 __device__ __forceinline__ void set_hint(
     const DecodeArguments& a, const NearSums (&tiles)[kNearTiles], Query& query, float rest, int g) {
-  constexpr float kLn2 = 0.693147181f;
   float top = -infinity(), sum = 0, square = 0;
   int count = 0;
   for (const NearSums& tile : tiles) {
@@ -148,7 +162,7 @@ __device__ __forceinline__ void set_hint(
     explained = a.step.softcap * tanhf(base);
   } else {
     // deviation is lambda ||q'|| / (2 sqrt 3).
-    const float mean_square = square / static_cast<float>(max(count, 1));
+    const float mean_square = square * reciprocal_fast(static_cast<float>(max(count, 1)));
     explained = fmaf(kNearSpread * 12.0f * deviation * deviation, mean_square, kLn2 * base);
   }
   query.numbers[kNear][g] = near;
@@ -160,7 +174,8 @@ __device__ __forceinline__ void set_hint(
 // What the other rows come to, for the next step; unchanged where this step cannot tell.
 __device__ __forceinline__ float remembered(float rest, float log_z, float near, float explained) {
   if (near != -infinity() && !(log_z > near + 0x1p-10f)) return rest;
-  const float found = log_z + log1pf(-expf(near - log_z)) - explained;
+  const float share = exp2_fast(kLog2e * (near - log_z));
+  const float found = fmaf(kLn2, log2_fast(1.0f - share), log_z) - explained;
   if (!(fabsf(found) < infinity())) return rest;
   return fabsf(rest) < infinity() ? fmaf(kRestGain, found - rest, rest) : found;
 }

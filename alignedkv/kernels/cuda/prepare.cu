@@ -261,14 +261,12 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
       const u32 scale = append(a, shared.words[side], sequence, kv_head, side, before, length);
       if (kUsesNearRows && side == 0) {
         if (lane == 0) shared.newest_scale = scale;
-        const int newest = before / kTile * kTile;
-        for (int i = 0; i < kNearTiles; ++i) {
-          const NearRows near = NearRows::of(range, i);
-          if (near.token == newest) NearRows::put(shared.words[side], before, shared.tiles[i]);
-        }
+        const int index = NearRows::Tiles::of(range).index(before / kTile);
+        NearRows::put(shared.words[side], before, shared.tiles[index]);
       }
     }
   } else {
+#pragma unroll
     for (int part = 0; part < kSubgroups; ++part) {
       if (part > 0) await_query_warps();
       turn_queries(a, shared, queries[part], of_head, part, warp);
