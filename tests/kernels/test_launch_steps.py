@@ -17,7 +17,7 @@ import oracles
 from alignedkv.errors import LaunchError
 from alignedkv.formats import BF16, FP16, FP32
 from alignedkv.kernels import launch, reference
-from alignedkv.kernels.arrays import CacheArrays, DecodeResult, HeadState
+from alignedkv.kernels.arrays import HEAD_HINTS, CacheArrays, DecodeResult, HeadState
 from alignedkv.kernels.compile import build
 from alignedkv.kernels.config import DecodeConfig, default_config, restrictions
 from alignedkv.kernels.device import device_target
@@ -359,7 +359,7 @@ def test_wrong_arguments_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cache, query = uploaded(p.cache, host), host.put(p.query)
     heads = p.query.shape[:2]
-    hints = {name: np.zeros(heads, np.float32) for name in ("log_z", "spread", "theta")}
+    hints = {name: np.zeros(heads, np.float32) for name in HEAD_HINTS}
     state = uploaded(HeadState(**hints, step=np.zeros(1, np.uint32)), host)
     config = DecodeConfig()
     workspace = allocate_workspace(
