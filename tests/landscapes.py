@@ -16,7 +16,7 @@ from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import SM90
 from alignedkv.kernels.tune.trials import Problem, Status, Sweep, Trial
 
-SPEC = DecodeSpec(head_dim=128, group=4)
+SPEC = DecodeSpec(head_dim=128, group=4, sample_values=True)
 SPACE = list(configurations(SPEC, SM90, STEP_TUNABLES))
 PROBLEM = Problem(spec=SPEC, batch=1, kv_heads=8, tokens=32768, tolerance=2.0**-7, data="made up")
 

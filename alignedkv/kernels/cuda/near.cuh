@@ -67,6 +67,7 @@ struct NearRows {
     const TileRows at = TileRows::of(cache, sequence, head, token);
     copy_rows<Side::Key, 0>(
         shared_address(to.keys), cache.key_planes[0], at, wanted, lane);
+    commit_copies();  // a wait is for committed copies only
     if (wanted >> lane & 1) scale = cache.scales[at.of_row(lane)] & 0xffff;
   }
 
