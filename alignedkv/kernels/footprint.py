@@ -57,22 +57,23 @@ def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     classes = _own_classes(spec, config)
     per_warp = heads * 4 * (classes + 2 + _sums(spec)) + 8 * TILE + 4 * _extremes(spec)
     fixed = query_bytes(spec) + heads * 4 * (_CONSTANTS + 1) + 8 * spec.stored_planes + 32
-    tiles = config.warps * _tile_bytes(spec, config)
+    tiles = config.warps * (_tile_bytes(spec, config) + _settled_bytes(spec, config))
     outputs = config.warps * 4 * (spec.channels + 1) * 4
     merge = (
         4 * partial_floats(spec)
         + 4 * spec.subgroup * spec.channels * _dither_shares(spec, config)
         + 4 * MAX_SPLITS * heads
     )
-    settled = config.warps * _settled_bytes(spec, config) if _is_settled(spec) else 0
     alignment = _tile_alignment(spec)
-    return _aligned(_aligned(settled, 16) + fixed + config.warps * per_warp, alignment) + _aligned(
+    return _aligned(fixed + config.warps * per_warp, alignment) + _aligned(
         max(tiles, outputs, merge), alignment
     )
 
 
 def _settled_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
-    """``sizeof(SettledSums::Memory)``."""
+    """``sizeof(SettledSums::Memory)``, which only a statistical bound has."""
+    if not _is_settled(spec):
+        return 0
     class_sums = (_SETTLED_CLASS_SUMS - 1) * _own_classes(spec, config)
     return 4 * (spec.subgroup * (_bound_sums(spec) * TILE + class_sums) + 2 * TILE + 1)
 

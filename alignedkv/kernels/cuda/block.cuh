@@ -109,21 +109,24 @@ struct Reads {
   u32 keys, values;
 };
 
-// What a statistical bound wants besides, of each warp.
-template <bool kExists>
-struct alignas(16) Settled {
-  SettledSums::Memory memory[kWarps];
-  __device__ __forceinline__ SettledSums::Memory& settled(int warp) { return memory[warp]; }
+// What warps work in; with a statistical bound's sums, which lie behind the tiles.
+template <bool kHasSums>
+struct WarpMemory {
+  WarpTiles tiles[kWarps];
+  SettledSums::Memory sums[kWarps];
+  __device__ __forceinline__ SettledSums::Memory& settled(int warp) { return sums[warp]; }
   __device__ __forceinline__ const SettledSums::Memory& settled(int warp) const {
-    return memory[warp];
+    return sums[warp];
   }
 };
 template <>
-struct Settled<false> {
+struct WarpMemory<false> {
+  WarpTiles tiles[kWarps];
   __device__ SettledSums::Memory& settled(int warp) const;  // nobody calls it
 };
+static_assert(sizeof(Outputs) <= sizeof(WarpTiles[kWarps]), "sums are wanted when outputs are left");
 
-struct DecodeShared : Settled<kSettled> {
+struct DecodeShared {
   Query query;
   float constants[kConstants][kHeads];
   float classes[kWarps][kOwnClasses][kHeads];
@@ -142,6 +145,7 @@ struct DecodeShared : Settled<kSettled> {
   int is_last;
   union {
     WarpTiles tiles[kWarps];
+    WarpMemory<kSettled> warps;
     Outputs outputs;
   };
 };

@@ -13,7 +13,7 @@
 __device__ __forceinline__ float class_sum(const DecodeShared& shared, int warp, int place) {
   const int g = place % kHeads, of_token = place / kHeads % kDitherRows;
   const int sum = place / (kHeads * kDitherRows);
-  const SettledSums::Memory& settled = shared.settled(warp);
+  const SettledSums::Memory& settled = shared.warps.settled(warp);
   if (g >= kGroup || of_token / kTile % kBlocksApart != settled.first_block) return 0.0f;
   if (sum == kDither) return shared.classes[warp][own_class(of_token)][g];
   return settled.classes[sum - 1][g][own_class(of_token)];

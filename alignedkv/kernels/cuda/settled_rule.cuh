@@ -170,7 +170,7 @@ __device__ __forceinline__ float SettledSums::stops(
 
 template <class SumsOfBound>
 __device__ __forceinline__ void Worker::start_sums(SumsOfBound& sums, const Course& course) {
-  SettledSums::Memory& memory = block.settled(warp);
+  SettledSums::Memory& memory = block.warps.settled(warp);
   for (float* x = &memory.lanes[0][0][lane]; x <= &memory.largest_scales[1][lane]; x += 32) *x = 0;
   if (lane == 0) memory.first_block = course.token / kTile % kBlocksApart;
   sums = {&memory, block.query.numbers, block.constants, block.reference[warp]};
@@ -178,7 +178,7 @@ __device__ __forceinline__ void Worker::start_sums(SumsOfBound& sums, const Cour
 }
 
 __device__ __forceinline__ void Worker::leave_extremes() {
-  const SettledSums::Memory& memory = block.settled(warp);
+  const SettledSums::Memory& memory = block.warps.settled(warp);
 #pragma unroll
   for (int side = 0; side < 2; ++side) {
     const float most = warp_max(memory.largest_scales[side][lane]);
