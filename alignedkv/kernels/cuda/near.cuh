@@ -6,9 +6,7 @@
 #include "products.cuh"
 #include "tiles.cuh"
 
-// A statistical bound takes its hints from the step before: they must not depend on this step's
-// dither (theory.md 5.3).
-constexpr bool kUsesNearRows = kBound != Bound::Statistical;
+constexpr bool kUsesNearRows = !kSettled;
 
 // Tiles that may hold near rows: the first kNearFirst tokens lie in two at most.
 constexpr int kNearTiles = 2 + (kNearLast + kTile - 1) / kTile + 1;
