@@ -98,16 +98,25 @@ def gap_error(logits: Tensor, exact: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """Decode speed and cache memory at a context."""
+    """Decode speed and cache memory at a context.
+
+    Attributes
+    ----------
+    tokens_per_second : float
+    processor_seconds : float
+        Of all threads of this process, a step: on a machine that others use, what a step costs.
+    cache_bytes : int
+    """
 
     tokens_per_second: float
+    processor_seconds: float
     cache_bytes: int
 
 
 def cost(subject: Subject, policy: PrecisionPolicy | None, *, steps: int) -> Cost:
     """Time decode steps behind the prompt, stock (None) or patched, and weigh the cache.
 
-    The median over steps, the first four left out; each waits for the device.
+    Medians over steps, the first four left out; each waits for the device.
     """
     model = subject.model
     if policy is not None:
@@ -117,14 +126,15 @@ def cost(subject: Subject, policy: PrecisionPolicy | None, *, steps: int) -> Cos
             cache = DynamicCache(config=model.config) if policy is None else None
             given = {} if cache is None else {CACHE: cache}
             answer = model(subject.prompt, use_cache=True, logits_to_keep=1, **given)
-            cache, seconds = answer[CACHE], []
+            cache, seconds, processor = answer[CACHE], [], []
             token = answer.logits[:, -1].argmax(dim=-1, keepdim=True)
             for _ in range(steps + 4):
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), time.process_time()
                 logits = model(token, **{CACHE: cache}).logits
                 token = logits[:, -1].argmax(dim=-1, keepdim=True)
                 int(token)
                 seconds.append(time.perf_counter() - start)
+                processor.append(time.process_time() - busy)
         if policy is None:
             held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         else:
@@ -132,4 +142,8 @@ def cost(subject: Subject, policy: PrecisionPolicy | None, *, steps: int) -> Cos
     finally:
         if policy is not None:
             runtime.unpatch(model)
-    return Cost(tokens_per_second=1 / float(np.median(seconds[4:])), cache_bytes=held)
+    return Cost(
+        tokens_per_second=1 / float(np.median(seconds[4:])),
+        processor_seconds=float(np.median(processor[4:])),
+        cache_bytes=held,
+    )
