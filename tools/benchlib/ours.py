@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OurResult", "OurStep", "torch_put", "torch_zeros"]
 
-_SETTLING_STEPS = 128
-"""Steps before the clock starts: a head's margin takes 85 to fall from its start to its least."""
+_SETTLING_STEPS = 448
+"""Steps before the clock starts: a head's margin takes 425 to fall from its start to its least."""
 _APPEND_ROOM = 2048
 """Tokens of room behind the filled cache for the calls that append."""
 _LEAST_READ = 0.2

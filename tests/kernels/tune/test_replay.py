@@ -48,9 +48,9 @@ def test_tpe_beats_random_with_a_tenth_of_the_evaluations() -> None:
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
 def test_tpe_gets_within_3_percent_of_the_best_recorded(path: Path, seeds: int) -> None:
     sweep = Sweep.load(path)
-    assert len(sweep.trials) >= 200
-    trials = len(sweep.trials) // 10
-    assert median_slowdown(sweep, strategy="tpe", trials=trials, seeds=range(seeds)) <= 1.03
+    assert len(sweep.trials) >= 90
+    # Ten of them are drawn at random before the search begins to learn.
+    assert median_slowdown(sweep, strategy="tpe", trials=28, seeds=range(seeds)) <= 1.03
 
 
 def test_a_sweep_without_an_answer_cannot_be_replayed() -> None:
