@@ -21,10 +21,10 @@ START_THETA = 2.0**-7.5
 #: the scatter of neighbouring tokens, not follow it.
 FEEDBACK_GAIN = 0.25
 #: Bits below the tolerance at which feedback aims, per head: at the start; what a missed bound adds
-#: and a kept one takes; the least and the most.  So about one step in 125 misses, however much a
+#: and a kept one takes; the least and the most.  So about one step in 126 misses, however much a
 #: head's tokens differ, and a head whose hints are steady wastes little.  More misses would save
-#: bytes (SmolLM2, 2^-7: 26.2 % read at one in 25, 27.1 % so, repairs included), but on a GPU a repair
-#: of any head is waited for by all.
+#: bytes (SmolLM2, 2^-7: 26.2 % read at one in 26, 27.1 % so, repairs included), but on a GPU all
+#: heads wait for the repair of one.
 START_MARGIN = 1.0
 MARGIN_RISE, MARGIN_FALL = 0.25, 0.002
 MARGIN_RANGE = (0.15, 3.0)

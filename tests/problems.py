@@ -12,7 +12,7 @@ import oracles
 from alignedkv.kernels import reference
 from alignedkv.kernels.arrays import CacheArrays, HeadState, StepArguments
 from alignedkv.kernels.reference_hints import Near, look_near, next_rest
-from alignedkv.kernels.reference_plan import attended_tokens, key_transform, read_rows
+from alignedkv.kernels.reference_rows import attended_tokens, key_transform, read_rows
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import allocate_numpy, from_float64, to_float32
 from alignedkv.policy import START_MARGIN, PrecisionPolicy

@@ -4,7 +4,8 @@ Every other implementation answers to these functions: rows are encoded to the s
 planes are read but for ties, outputs lie within their own bounds, and no bound is below the one
 here for the same reads.
 
-One step, for the G heads of one KV head of one sequence: what is expected of log Z
+Rows are written and read back by `reference_rows`, whose functions are these too.  One step, for
+the G heads of one KV head of one sequence: what is expected of log Z
 (`reference_hints`), scores after every plane count (`reference_plan`), the plan, sums over the
 tokens of each split (`reference_sums`), merged sums and the bound (`reference_bounds`).
 """
@@ -17,7 +18,6 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from alignedkv.errors import ActivationError
 from alignedkv.kernels.arrays import (
     HEAD_HINTS,
     START_HINTS,
@@ -35,32 +35,39 @@ from alignedkv.kernels.reference_hints import (
     next_rest,
     read_hints,
 )
-from alignedkv.kernels.reference_plan import (
+from alignedkv.kernels.reference_plan import HeadHints, plan_rows, score_rows
+from alignedkv.kernels.reference_rows import (
     Float,
-    HeadHints,
     HeadRows,
     attended_tokens,
+    dequantise,
+    encode,
+    fit_transforms,
     key_transform,
-    plan_rows,
     read_rows,
-    score_rows,
-    write_rows,
+    refuse_lost_rows,
 )
 from alignedkv.kernels.reference_sums import add_up
 from alignedkv.kernels.sampling import stream_key
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import (
-    LOST_SCALE,
     check_query,
-    check_rows,
     from_float64,
-    row_addresses,
     to_float32,
-    write_exact_rows,
 )
-from alignedkv.planes import DigitPlanes, dither_class, encode_rows
 from alignedkv.policy import START_MARGIN, BoundKind
-from alignedkv.transform import fit_key_transform, hadamard
+
+__all__ = [
+    "coarse",
+    "decode",
+    "dequantise",
+    "encode",
+    "fit_transforms",
+    "probe",
+    "refuse_lost_rows",
+    "started",
+    "unknown_state",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,81 +87,6 @@ class HeadAnswer:
     spread: Float
     log_z: Float
     reads: NDArray[np.int64]
-
-
-def encode(spec: DecodeSpec, cache: CacheArrays, keys: Array, values: Array) -> None:
-    """Append rows to every sequence, and advance the lengths.
-
-    Parameters
-    ----------
-    spec : DecodeSpec
-    cache : CacheArrays
-        Changed in place; its transforms are used as they are (`fit_transforms` sets them).
-    keys, values : arrays [B, Hkv, S, D] in row_dtype
-
-    Raises
-    ------
-    LaunchError
-        If shapes or dtypes are wrong or the cache is too small.
-    ActivationError
-        If a row that can be attended holds NaN or infinity; nothing is appended then.
-    """
-    check_rows(spec, cache, keys, values)
-    key_rows, value_rows = to_float32(keys, spec.row_dtype), to_float32(values, spec.row_dtype)
-    batch, kv_heads, count, _ = keys.shape
-    tokens = cache.lengths.astype(np.int64)[:, None] + np.arange(count)
-    turned = np.empty((2, batch, kv_heads, count, spec.channels), np.float32)
-    padding = [(0, 0), (0, spec.channels - spec.head_dim)]
-    with np.errstate(over="ignore", invalid="ignore"):
-        for b in range(batch):
-            for h in range(kv_heads):
-                turned[0, b, h] = key_transform(cache, b, h).keys(key_rows[b, h])
-                turned[1, b, h] = np.pad(value_rows[b, h] - cache.value_mean[b, h], padding)
-    lost = np.asarray(~np.isfinite(turned).all(axis=-1))
-    refuse_lost_rows(lost, cache)
-
-    for b in range(batch):
-        rows = dither_class(tokens[b], spec.dither_rows)
-        for h in range(kv_heads):
-            encoded = [
-                _encode(spec, turned[side, b, h], cache.dither[side].astype(np.int32)[rows], gone)
-                for side, gone in enumerate(lost[:, b, h])
-            ]
-            write_rows(spec, cache, row_addresses(spec, cache, b, h, tokens[b]), *encoded)
-    write_exact_rows(cache, keys, values)
-    cache.lengths[:] += np.int32(count)
-
-
-def fit_transforms(
-    spec: DecodeSpec,
-    cache: CacheArrays,
-    keys: Array,
-    values: Array,
-    query_size: Array | None = None,
-) -> None:
-    """Set key_mean, balance and value_mean from the rows of a prefill that is about to be encoded.
-
-    Parameters
-    ----------
-    keys, values : arrays [B, Hkv, S, D] in row_dtype
-        Rows before a sequence's start are left out.
-    query_size : float array [Hkv, D] or [B, Hkv, D], optional
-        E|q| of each channel; without it the balance stays 1.
-    """
-    check_rows(spec, cache, keys, values)
-    key_rows, value_rows = to_float32(keys, spec.row_dtype), to_float32(values, spec.row_dtype)
-    batch, kv_heads, count, _ = keys.shape
-    parts = "mean" if query_size is None else "mean+balance"
-    sizes = np.broadcast_to(1.0 if query_size is None else query_size, cache.key_mean.shape)
-    for b in range(batch):
-        seen = np.arange(count) >= int(cache.starts[b]) - int(cache.lengths[b])
-        if not seen.any():
-            continue
-        for h in range(kv_heads):
-            fitted = fit_key_transform(key_rows[b, h, seen], sizes[b, h], parts=parts)
-            cache.key_mean[b, h] = fitted.mean[0]
-            cache.balance[b, h] = fitted.balance
-            cache.value_mean[b, h] = value_rows[b, h, seen].astype(np.float64).mean(axis=0)
 
 
 def decode(
@@ -272,61 +204,6 @@ def started(probed: DecodeResult, theta_share: float) -> HeadState:
         margin=np.full_like(probed.state.margin, START_MARGIN),
         step=np.zeros(1, np.uint32),
     )
-
-
-def dequantise(
-    spec: DecodeSpec, cache: CacheArrays, *, tokens: int
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Keys and values [B, Hkv, tokens, D] as all stored planes (or exact rows) tell them.
-
-    Rows that no sequence attends to (padding, beyond the length) are 0.
-
-    Notes
-    -----
-    k = mean + beta S H k', cut to D: H is symmetric and H H = b, and k' carries 1/(b beta).
-    """
-    batch, kv_heads, head_dim = cache.key_mean.shape
-    keys = np.zeros((batch, kv_heads, tokens, head_dim), np.float32)
-    values = np.zeros_like(keys)
-    for b in range(batch):
-        seen = np.arange(int(cache.starts[b]), min(tokens, int(cache.lengths[b])), dtype=np.int64)
-        for h in range(kv_heads):
-            rows = read_rows(spec, cache, b, h, seen)
-            transform = key_transform(cache, b, h)
-            turned = hadamard(rows.keys.prefix(spec.stored_planes), transform.block)
-            back = (turned * transform.signs)[:, :head_dim] * transform.balance
-            key = back + transform.mean[0]
-            value = rows.values.prefix(spec.stored_planes)[:, :head_dim] + rows.value_mean
-            key[rows.is_exact], value[rows.is_exact] = rows.exact_keys, rows.exact_values
-            keys[b, h, seen], values[b, h, seen] = key, value
-    return keys, values
-
-
-def refuse_lost_rows(lost: NDArray[np.bool_], cache: CacheArrays) -> None:
-    """Raise ActivationError where a row behind the lengths is lost and can be attended.
-
-    Parameters
-    ----------
-    lost : bool array [2, B, Hkv, S]
-        Key (0) and value (1) rows that are not finite once centred.
-    """
-    tokens = cache.lengths.astype(np.int64)[:, None] + np.arange(lost.shape[-1])
-    bad = lost & (tokens >= cache.starts[:, None])[None, :, None, :]
-    if bad.any():
-        side, b, h, i = (int(x) for x in np.argwhere(bad)[0])
-        raise ActivationError(
-            f"{'values' if side else 'keys'} of sequence {b}, KV head {h}, token {tokens[b, i]} "
-            f"hold NaN or infinity (or overflow float32 when centred); {int(bad.sum())} such rows: "
-            "give finite rows, or let the sequence start after them"
-        )
-
-
-def _encode(
-    spec: DecodeSpec, rows: NDArray[np.float32], dither: NDArray[np.int32], lost: NDArray[np.bool_]
-) -> DigitPlanes:
-    encoded = encode_rows(np.where(lost[:, None], np.float32(0), rows), dither, spec.layout)
-    encoded.scale_bits[lost] = LOST_SCALE
-    return encoded
 
 
 def _decode_head(

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignedkv.kernels.arrays import HEAD_HINTS, HeadState, StepArguments
-from alignedkv.kernels.reference_plan import Float, HeadHints, HeadRows, capped
+from alignedkv.kernels.reference_plan import HeadHints, capped
+from alignedkv.kernels.reference_rows import Float, HeadRows
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.policy import (
     LEAST_REST,

@@ -11,21 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from alignedkv.kernels.arrays import CacheArrays, StepArguments
+from alignedkv.kernels.arrays import StepArguments
+from alignedkv.kernels.reference_rows import Float, HeadRows
 from alignedkv.kernels.sampling import DRAW_BITS, SAMPLING_FACTOR, chances, draws
 from alignedkv.kernels.spec import DecodeSpec
-from alignedkv.kernels.storage import exact_slots, row_addresses, to_float32
 from alignedkv.planes import (
     DITHER_FRACTION_BITS,
-    DigitPlanes,
-    dither_class,
-    pack_plane,
-    unpack_plane,
 )
 from alignedkv.policy import BoundKind, planes_for
-from alignedkv.transform import KeyTransform, hadamard_block
-
-Float = NDArray[np.float64]
+from alignedkv.transform import KeyTransform
 
 #: 0.002 in (3.1): u 7.5 4096, the butterfly's rounding in units f, per stage and sqrt(D).
 ENCODER_BUTTERFLY = 0.002
@@ -33,55 +27,6 @@ ENCODER_BUTTERFLY = 0.002
 ENCODER_DIGITS = 2.0**-8
 #: 0.01 in (5.5): the rounding of a stored value, in units f.
 ENCODER_VALUE = 0.01
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadRows:
-    """The attended rows of one KV head, as they are stored.
-
-    Attributes
-    ----------
-    tokens, classes : int64 arrays [T]
-    keys, values : DigitPlanes [T, C]
-        Bits of planes that are not stored are zero.
-    is_exact : bool array [T]
-        Tokens whose rows are also kept in the input type.
-    exact_keys, exact_values : float64 arrays [tokens kept exact, D]
-    value_mean : float64 array [D]
-    """
-
-    tokens: NDArray[np.int64]
-    classes: NDArray[np.int64]
-    keys: DigitPlanes
-    values: DigitPlanes
-    is_exact: NDArray[np.bool_]
-    exact_keys: Float
-    exact_values: Float
-    value_mean: Float
-
-    def take(self, chosen: slice) -> HeadRows:
-        """The rows of a range of tokens: what one split sees."""
-        before = int(self.is_exact[: chosen.start].sum())
-        kept = slice(before, before + int(self.is_exact[chosen].sum()))
-
-        def part(rows: DigitPlanes) -> DigitPlanes:
-            return DigitPlanes(
-                words=rows.words[chosen],
-                scale_bits=rows.scale_bits[chosen],
-                dither=rows.dither[chosen],
-                layout=rows.layout,
-            )
-
-        return HeadRows(
-            tokens=self.tokens[chosen],
-            classes=self.classes[chosen],
-            keys=part(self.keys),
-            values=part(self.values),
-            is_exact=self.is_exact[chosen],
-            exact_keys=self.exact_keys[kept],
-            exact_values=self.exact_values[kept],
-            value_mean=self.value_mean,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,81 +89,6 @@ class Plan:
     used: NDArray[np.int64]
     values: NDArray[np.int64]
     chance: Float
-
-
-def read_rows(
-    spec: DecodeSpec, cache: CacheArrays, sequence: int, head: int, tokens: NDArray[np.int64]
-) -> HeadRows:
-    """Gather the stored rows of ``tokens``."""
-    classes = dither_class(tokens, spec.dither_rows)
-    address = row_addresses(spec, cache, sequence, head, tokens)
-    scales = cache.scales.reshape(-1)[address]
-    start, length = int(cache.starts[sequence]), int(cache.lengths[sequence])
-    slots = exact_slots(cache, tokens, start=start, length=length)
-    kept = slots[slots >= 0]
-    exact = [
-        np.zeros((0, spec.head_dim))
-        if rows is None
-        else to_float32(rows[sequence, head, kept], spec.row_dtype).astype(np.float64)
-        for rows in (cache.exact_keys, cache.exact_values)
-    ]
-
-    def stored(planes: tuple[NDArray[np.uint8], ...], side: int) -> DigitPlanes:
-        words = np.zeros((len(tokens), spec.channels), np.uint16)
-        for n, plane in enumerate(planes):
-            words |= unpack_plane(plane.reshape(-1, plane.shape[-1])[address], spec.layout, n)
-        return DigitPlanes(
-            words=words,
-            scale_bits=((scales >> np.uint32(16 * side)) & np.uint32(0xFFFF)).astype(np.uint16),
-            dither=cache.dither[side].astype(np.int32)[classes],
-            layout=spec.layout,
-        )
-
-    return HeadRows(
-        tokens=tokens,
-        classes=classes,
-        keys=stored(cache.key_planes, 0),
-        values=stored(cache.value_planes, 1),
-        is_exact=slots >= 0,
-        exact_keys=exact[0],
-        exact_values=exact[1],
-        value_mean=cache.value_mean[sequence, head].astype(np.float64),
-    )
-
-
-def attended_tokens(
-    cache: CacheArrays, arguments: StepArguments, sequence: int
-) -> NDArray[np.int64]:
-    """Tokens that a sequence attends to: behind its padding, in its window."""
-    start, length = int(cache.starts[sequence]), int(cache.lengths[sequence])
-    if arguments.window:
-        start = max(start, length - arguments.window)
-    return np.arange(start, max(start, length), dtype=np.int64)
-
-
-def write_rows(
-    spec: DecodeSpec,
-    cache: CacheArrays,
-    address: NDArray[np.int64],
-    keys: DigitPlanes,
-    values: DigitPlanes,
-) -> None:
-    """Scatter encoded rows to their planes."""
-    for planes, rows in ((cache.key_planes, keys), (cache.value_planes, values)):
-        for n, plane in enumerate(planes):
-            plane.reshape(-1, plane.shape[-1])[address] = pack_plane(rows.words, spec.layout, n)
-    both = keys.scale_bits.astype(np.uint32) | (values.scale_bits.astype(np.uint32) << 16)
-    cache.scales.reshape(-1)[address] = both
-
-
-def key_transform(cache: CacheArrays, sequence: int, head: int) -> KeyTransform:
-    """The key transform of one KV head of a cache."""
-    return KeyTransform(
-        mean=cache.key_mean[sequence, head][None],
-        balance=cache.balance[sequence, head],
-        signs=cache.signs,
-        block=hadamard_block(len(cache.signs)),
-    )
 
 
 def score_rows(

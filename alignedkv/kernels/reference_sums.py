@@ -7,14 +7,8 @@ from numpy.typing import NDArray
 
 from alignedkv.kernels.arrays import StepArguments
 from alignedkv.kernels.reference_bounds import Sums, curvature
-from alignedkv.kernels.reference_plan import (
-    ENCODER_VALUE,
-    Float,
-    HeadHints,
-    HeadRows,
-    Plan,
-    Scores,
-)
+from alignedkv.kernels.reference_plan import ENCODER_VALUE, HeadHints, Plan, Scores
+from alignedkv.kernels.reference_rows import Float, HeadRows
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.planes import DITHER_FRACTION_BITS
 from alignedkv.policy import BoundKind

@@ -17,7 +17,8 @@ from alignedkv.kernels.arrays import HEAD_HINTS, HeadState
 from alignedkv.kernels.numba_cuda import columns
 from alignedkv.kernels.numba_cuda.emit import compiled
 from alignedkv.kernels.reference_hints import expected_log_z
-from alignedkv.kernels.reference_plan import key_transform, read_rows, score_rows
+from alignedkv.kernels.reference_plan import score_rows
+from alignedkv.kernels.reference_rows import key_transform, read_rows
 from alignedkv.policy import NEAR_FIRST, NEAR_LAST
 from numba_cuda_checks import check_step, probed
 from numba_cuda_simulation import SIMULATED, run, simulator, tiny  # noqa: F401 - a fixture

@@ -80,8 +80,9 @@ def _check_answer(problem: Problem, found: DecodeResult) -> None:
     assert not found.missed[~some].any()
     assert not to_float32(found.output, spec.query_dtype)[~some].any()
 
-    # Every token's first key plane once a pass, less those kept exact; planes nest.
-    passes = 1 + problem.arguments.repairs
+    # Every token's first key plane once a pass and part of the group, less those kept exact; planes
+    # nest.
+    passes = (1 + problem.arguments.repairs) * spec.subgroups
     assert (found.reads[:, :, 0, 0] <= passes * attended[:, None]).all()
     assert (np.diff(found.reads.astype(np.int64), axis=-1) <= 0).all()
     if not spec.exact_rows:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import oracles
 from alignedkv.kernels.arrays import DecodeResult, HeadState
 from alignedkv.kernels.reference_hints import Near, expected_log_z, near_rows, next_rest
-from alignedkv.kernels.reference_plan import read_rows
+from alignedkv.kernels.reference_rows import read_rows
 from alignedkv.policy import (
     FEEDBACK_GAIN,
     LEAST_REST,
