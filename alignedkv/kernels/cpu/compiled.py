@@ -1,8 +1,9 @@
 """`compiled`: Numba's njit with a disk cache that knows when any file of this package has changed.
 
 Numba keys a cached function by its own file only; a function that has inlined one from another file
-would outlive a change there.  So the cache lies in a folder named by the digest of all sources of
-the CPU kernels, below ``ALIGNEDKV_CACHE_DIR`` or the user's cache folder.
+would outlive a change there, and so would one that has frozen another module's constant.  So the
+cache lies in a folder named by the digest of all sources that the CPU kernels are made of, below
+``ALIGNEDKV_CACHE_DIR`` or the user's cache folder.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ def parallel(function: Function) -> Function:
 @functools.cache
 def _folder() -> Path:
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(source.read_bytes())
+    here = Path(__file__).parent
+    for folder in (here, here.parent, here.parent.parent):
+        for source in sorted(folder.glob("*.py")):
+            digest.update(source.read_bytes())
     return cache_directory() / "numba" / digest.hexdigest()[:16]
