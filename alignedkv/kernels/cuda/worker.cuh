@@ -64,7 +64,7 @@ __device__ __forceinline__ void store_heads(float* to, const float* x) {
 // What takes how long, roughly: a tile, finer planes of its keys, 32 rows of values.
 constexpr u32 kWorkOfTile = 8, kWorkOfKeys = 2, kWorkOfValues = 4;
 
-// A token a lane: of a tile, or of a queue.
+// A token a lane.
 struct Tokens {
   float score[kGroup];  // log2, relative to the hint
   float uncapped[kSoftcap ? kGroup : 1];
