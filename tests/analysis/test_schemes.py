@@ -7,17 +7,17 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from alignedkv.analysis.paper_rule import BLOCK, PaperRule, Slips
-from alignedkv.analysis.schemes import (
+from alignedkv.analysis.schemes import default_schemes
+from alignedkv.analysis.schemes.paper_rule import BLOCK, PaperRule, Slips
+from alignedkv.analysis.schemes.quantised import (
     KIVI_GROUP,
     KIVI_RECENT,
     Fp8,
     Int8,
     Kivi,
     SixteenBit,
-    default_schemes,
-    exact_output,
 )
+from alignedkv.analysis.schemes.scheme import exact_output
 from alignedkv.errors import SpecError
 from alignedkv.formats import BF16, FP8_E4M3, FP8_E5M2, FP16
 from analysis_cases import make_case, sample_cases

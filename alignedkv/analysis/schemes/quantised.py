@@ -1,22 +1,22 @@
-"""What others do to the same case: 16-bit and 8-bit caches, KIVI, and the paper's own rule.
-
-A scheme answers for one query position: the output of every head, the bits that it reads, the bytes
-that it stores.  Only what a scheme stores and rounds on purpose is modelled; its remaining
-arithmetic is float64, in the scheme's favour.
-"""
+"""16-bit and 8-bit caches and KIVI: rows are rounded when they are stored, and all is read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alignedkv.analysis.activations import AttentionCase
-from alignedkv.analysis.scores import largest_of_rows, log_sum_exp
+from alignedkv.analysis.schemes.scheme import (
+    SchemeResult,
+    VisibleRows,
+    capped_scores,
+    exact_output,
+    softmax_weights,
+)
 from alignedkv.errors import SpecError
-from alignedkv.formats import BF16, FP8_E4M3, FP8_E5M2, FP16, FloatFormat, round_to
+from alignedkv.formats import FP16, FloatFormat, round_to
 
 #: Tokens of a KIVI key group, channels of a KIVI value group.
 KIVI_GROUP = 32
@@ -24,138 +24,6 @@ KIVI_GROUP = 32
 KIVI_RECENT = 96
 #: Bits of a scale, or of a zero point.
 SCALE_BITS = 16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SchemeResult:
-    """A scheme at one query position.
-
-    Attributes
-    ----------
-    name : str
-    output, exact : float64 arrays [G, D]
-    key_bits, value_bits : float
-        Bits read per element of the visible rows, scales included.
-    bytes_stored : float
-        Of the keys and values that the query sees.
-    """
-
-    name: str
-    output: NDArray[np.float64]
-    exact: NDArray[np.float64]
-    key_bits: float
-    value_bits: float
-    bytes_stored: float
-
-    @property
-    def error(self) -> NDArray[np.float64]:
-        """Largest |output - exact| [G]."""
-        return largest_of_rows(self.output - self.exact)
-
-    @property
-    def relative_error(self) -> NDArray[np.float64]:
-        """Error over the largest component of the exact output [G]."""
-        size = largest_of_rows(self.exact)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(self.error == 0, 0.0, self.error / size)
-
-    @property
-    def read_fraction(self) -> float:
-        """Bits read as a share of 16 bits per element."""
-        return (self.key_bits + self.value_bits) / 32
-
-
-class Scheme(Protocol):
-    """A way to keep and read a cache."""
-
-    @property
-    def name(self) -> str:
-        """As tables show it."""
-
-    def apply(self, case: AttentionCase, index: int) -> SchemeResult:
-        """Attend at ``case.positions[index]``."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VisibleRows:
-    """Inputs of one query position in float64: query [G, D], key and value [T, D]."""
-
-    query: NDArray[np.float64]
-    key: NDArray[np.float64]
-    value: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, case: AttentionCase, index: int) -> VisibleRows:
-        """What the query at ``case.positions[index]`` sees."""
-        first, end = case.visible(index)
-        return cls(
-            query=case.query[:, index].astype(np.float64),
-            key=case.key[first:end].astype(np.float64),
-            value=case.value[first:end].astype(np.float64),
-        )
-
-
-def default_schemes() -> tuple[Scheme, ...]:
-    """The schemes that reports compare with, most bits first."""
-    from alignedkv.analysis.paper_rule import PaperRule
-
-    return (
-        SixteenBit(name="fp16", number_format=FP16),
-        SixteenBit(name="bf16", number_format=BF16),
-        PaperRule.mended(),
-        PaperRule.as_published(),
-        Int8(),
-        Fp8(name="fp8 e4m3", number_format=FP8_E4M3),
-        Fp8(name="fp8 e5m2", number_format=FP8_E5M2),
-        Kivi(bits=4),
-        Kivi(bits=2),
-    )
-
-
-def capped_scores(
-    case: AttentionCase, query: NDArray[np.float64], key: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Scaled and capped scores [G, T]."""
-    scores: NDArray[np.float64] = case.scaling * (query @ key.T)
-    return scores if case.softcap is None else case.softcap * np.tanh(scores / case.softcap)
-
-
-def softmax_weights(
-    scores: NDArray[np.float64], sinks: NDArray[np.float64] | None
-) -> NDArray[np.float64]:
-    """Softmax of scores [G, T]; sink logits [G] take their share."""
-    sinks = np.full(len(scores), -np.inf) if sinks is None else sinks
-    weights: NDArray[np.float64] = np.exp(scores - log_sum_exp(scores, sinks)[:, None])
-    return weights
-
-
-def exact_output(case: AttentionCase, index: int) -> NDArray[np.float64]:
-    """Attention output in float64 [G, D]."""
-    rows = VisibleRows.of(case, index)
-    output: NDArray[np.float64] = (
-        softmax_weights(capped_scores(case, rows.query, rows.key), case.sinks) @ rows.value
-    )
-    return output
-
-
-def _result(
-    name: str,
-    case: AttentionCase,
-    index: int,
-    output: NDArray[np.float64],
-    bits: tuple[float, float],
-    stored_bits: float | None = None,
-) -> SchemeResult:
-    first, end = case.visible(index)
-    per_pair = sum(bits) if stored_bits is None else stored_bits
-    return SchemeResult(
-        name=name,
-        output=output,
-        exact=exact_output(case, index),
-        key_bits=bits[0],
-        value_bits=bits[1],
-        bytes_stored=per_pair * (end - first) * case.head_dim / 8,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -286,6 +154,26 @@ class Kivi:
             codes = np.clip(codes, 0, 2**self.bits - 1)
             out[:, start : start + KIVI_GROUP] = codes * step + lowest
         return out
+
+
+def _result(
+    name: str,
+    case: AttentionCase,
+    index: int,
+    output: NDArray[np.float64],
+    bits: tuple[float, float],
+    stored_bits: float | None = None,
+) -> SchemeResult:
+    first, end = case.visible(index)
+    per_pair = sum(bits) if stored_bits is None else stored_bits
+    return SchemeResult(
+        name=name,
+        output=output,
+        exact=exact_output(case, index),
+        key_bits=bits[0],
+        value_bits=bits[1],
+        bytes_stored=per_pair * (end - first) * case.head_dim / 8,
+    )
 
 
 def _attend(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignedkv.analysis.activations import AttentionCase
-from alignedkv.analysis.schemes import (
+from alignedkv.analysis.schemes.scheme import (
     SchemeResult,
     VisibleRows,
     capped_scores,
