@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 import random
 
-from alignedkv.kernels.config import (
-    CHOICES,
-    STEP_TUNABLES,
-    DecodeConfig,
-    configurations,
-    default_config,
-)
+from alignedkv.kernels.config import CHOICES, STEP_TUNABLES, DecodeConfig
+from alignedkv.kernels.legality import configurations, default_config
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import SM90
 from alignedkv.kernels.tune.trials import Problem, Status, Sweep, Trial

@@ -20,14 +20,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from alignedkv.errors import AlignedKVError, TuningError
-from alignedkv.kernels.config import (
-    CHOICES,
-    STEP_TUNABLES,
-    configurations,
-    default_config,
-    products,
-    restrictions,
-)
+from alignedkv.kernels.config import CHOICES, STEP_TUNABLES, products
+from alignedkv.kernels.legality import configurations, default_config, restrictions
 from alignedkv.kernels.target import SM90, DeviceTarget
 from alignedkv.kernels.tune.measure import obstacle
 from alignedkv.kernels.tune.replay import replay

@@ -15,13 +15,9 @@ from typing import Any
 
 from alignedkv.errors import TuningError
 from alignedkv.kernels.codegen import source_digest
-from alignedkv.kernels.config import (
-    STEP_TUNABLES,
-    DecodeConfig,
-    configurations,
-    default_config,
-)
+from alignedkv.kernels.config import STEP_TUNABLES, DecodeConfig
 from alignedkv.kernels.device import device_target
+from alignedkv.kernels.legality import configurations, default_config
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
 from alignedkv.kernels.tune.builds import Builds

@@ -17,8 +17,8 @@ import numpy as np
 
 from alignedkv import policy
 from alignedkv.errors import CodegenError
-from alignedkv.kernels.config import KERNEL_TUNABLES, DecodeConfig
-from alignedkv.kernels.footprint import MAX_SPLITS, partial_floats, query_bytes, shared_bytes
+from alignedkv.kernels.config import KERNEL_TUNABLES, MAX_SPLITS, DecodeConfig
+from alignedkv.kernels.footprint import partial_floats, query_bytes, shared_bytes
 from alignedkv.kernels.reference_bounds import VARIANCE_FLOOR
 from alignedkv.kernels.sampling import SAMPLING_FACTOR
 from alignedkv.kernels.spec import DTYPES, DecodeSpec
@@ -66,7 +66,7 @@ def generate(spec: DecodeSpec, config: DecodeConfig, file: str) -> str:
     ----------
     spec : DecodeSpec
     config : DecodeConfig
-        Legal for the target it will be compiled for (`config.check_legal`).
+        Legal for the target it will be compiled for (`legality.check_legal`).
     file : str
         Such as "decode.cu".
 

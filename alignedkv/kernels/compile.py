@@ -98,7 +98,7 @@ def build(spec: DecodeSpec, config: DecodeConfig, file: str, arch: str) -> Binar
     ----------
     spec : DecodeSpec
     config : DecodeConfig
-        Legal for the target (`config.check_legal`).
+        Legal for the target (`legality.check_legal`).
     file : str
         Such as "decode.cu".
     arch : str

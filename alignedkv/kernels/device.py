@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from alignedkv.errors import LaunchError
 from alignedkv.kernels import compile as compiling
 from alignedkv.kernels.arrays import Array
-from alignedkv.kernels.config import DecodeConfig, check_legal, default_config
+from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.device_array import DeviceArray
+from alignedkv.kernels.legality import check_legal, default_config
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
 

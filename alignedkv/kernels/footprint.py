@@ -6,19 +6,15 @@ The compiler refuses a source in which these sizes are wrong (``static_assert`` 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from alignedkv.kernels.config import MAX_SPLITS, TILE, DecodeConfig
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.planes import row_bytes
 from alignedkv.policy import BoundKind
 
-if TYPE_CHECKING:
-    from alignedkv.kernels.config import DecodeConfig
-
-#: Blocks that may share a KV head's tokens.
-MAX_SPLITS: Final = 512
-#: Tokens of a warp's tile, and rows of it that a rare plane is fetched for at a time.
-TILE, RARE_ROWS = 32, 16
+#: Rows of a warp's tile that a rare plane is fetched for at a time.
+RARE_ROWS: Final = 16
 #: ``kNumbers`` of query.cuh and ``kConstants`` of block.cuh.
 _NUMBERS, _CONSTANTS = 9, 10
 #: Sums of a head besides those of its bound: weights, digit middles.

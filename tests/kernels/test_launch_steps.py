@@ -19,8 +19,9 @@ from alignedkv.formats import BF16, FP16, FP32
 from alignedkv.kernels import launch, reference
 from alignedkv.kernels.arrays import HEAD_HINTS, CacheArrays, DecodeResult, HeadState
 from alignedkv.kernels.compile import build
-from alignedkv.kernels.config import DecodeConfig, default_config, restrictions
+from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.device import device_target
+from alignedkv.kernels.legality import default_config, restrictions
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import allocate_numpy, to_float32
 from alignedkv.kernels.target import SM90

@@ -12,7 +12,7 @@ import pytest
 
 from alignedkv.kernels.codegen import CUDA_DIR
 from alignedkv.kernels.compile import build
-from alignedkv.kernels.config import configurations, default_config
+from alignedkv.kernels.legality import configurations, default_config
 from alignedkv.kernels.spec import (
     DTYPES,
     HEAD_DIMS,

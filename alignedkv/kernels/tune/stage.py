@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from alignedkv.errors import TuningError
 from alignedkv.kernels import launch
 from alignedkv.kernels.arrays import Array, CacheArrays, DecodeResult, HeadState, StepArguments
-from alignedkv.kernels.config import DecodeConfig, default_config
+from alignedkv.kernels.config import DecodeConfig
+from alignedkv.kernels.legality import default_config
 from alignedkv.kernels.storage import allocate, bytes_read
 from alignedkv.kernels.target import DeviceTarget
 from alignedkv.kernels.tune.data import Inputs

@@ -21,7 +21,8 @@ from typing import Any
 from alignedkv.errors import TuningError
 from alignedkv.kernels.codegen import source_digest
 from alignedkv.kernels.compile import cache_directory
-from alignedkv.kernels.config import DecodeConfig, default_config, restrictions
+from alignedkv.kernels.config import DecodeConfig
+from alignedkv.kernels.legality import default_config, restrictions
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
 from alignedkv.kernels.tune.locks import exclusive

@@ -6,7 +6,7 @@ import pytest
 
 from alignedkv.errors import CompileError
 from alignedkv.kernels.compile import compiler_version
-from alignedkv.kernels.config import default_config
+from alignedkv.kernels.legality import default_config
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import SM90
 from alignedkv.kernels.tune.builds import Builds

@@ -16,7 +16,8 @@ import pytest
 from alignedkv.errors import LaunchError, TuningError
 from alignedkv.kernels import reference
 from alignedkv.kernels.arrays import DecodeResult
-from alignedkv.kernels.config import DecodeConfig, default_config
+from alignedkv.kernels.config import DecodeConfig
+from alignedkv.kernels.legality import default_config
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import SM90
 from alignedkv.kernels.tune import measure, stage

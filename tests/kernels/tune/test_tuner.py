@@ -8,7 +8,8 @@ import pytest
 
 from alignedkv.errors import CompileError, TuningError
 from alignedkv.kernels.compile import Resources
-from alignedkv.kernels.config import DecodeConfig, default_config
+from alignedkv.kernels.config import DecodeConfig
+from alignedkv.kernels.legality import default_config
 from alignedkv.kernels.target import SM90
 from alignedkv.kernels.tune.isolated import LostProcessError
 from alignedkv.kernels.tune.measure import Candidate

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from alignedkv.errors import TuningError
 from alignedkv.kernels.codegen import source_digest
-from alignedkv.kernels.config import DecodeConfig, default_config, restrictions
+from alignedkv.kernels.config import DecodeConfig
+from alignedkv.kernels.legality import default_config, restrictions
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import SM80, SM90
 from alignedkv.kernels.tune import wisdom
