@@ -78,7 +78,8 @@ class PrecisionPolicy:
     sample_values : bool or None
         Value rows below theta_s are read with probability their size over theta_s and weighted by
         its inverse (sampling.md, Theorem S1) instead of being skipped: fewer bytes for the same
-        bound, and draws that are the same for the same seed.  None: with an estimate only.
+        bound, and draws that are the same for the same seed.  None: with an estimate only (see
+        `sampled`).
     exact_first, exact_last : int
         Rows at either end that are also kept in the input type and used exactly (attention sinks,
         recent tokens).
@@ -99,8 +100,6 @@ class PrecisionPolicy:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bound", _bound_kind(self.bound))
-        if self.sample_values is None:
-            object.__setattr__(self, "sample_values", self.bound is BoundKind.ESTIMATE)
         for name in ("key_layout", "value_layout"):
             if isinstance(layout := getattr(self, name), str):
                 object.__setattr__(self, name, PlaneLayout.parse(layout))
@@ -125,6 +124,13 @@ class PrecisionPolicy:
                 "sample_values with a deterministic bound: a sampled row has no bound that never "
                 "fails; take bound='estimate' or 'statistical', or sample_values=False"
             )
+
+    @property
+    def sampled(self) -> bool:
+        """Whether small value rows are sampled: as asked, or as suits the bound."""
+        if self.sample_values is None:
+            return self.bound is BoundKind.ESTIMATE
+        return self.sample_values
 
     def planes_stored(self, layout: PlaneLayout) -> int:
         """Planes of ``layout`` that are in memory."""

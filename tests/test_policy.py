@@ -1,6 +1,7 @@
 """Thresholds and plane counts: what follows from a policy, and what is refused."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,9 +59,24 @@ def test_sampling_has_no_deterministic_bound() -> None:
 
 @pytest.mark.parametrize("bound", list(BoundKind))
 def test_values_are_sampled_with_an_estimate_unless_said(bound: BoundKind) -> None:
-    assert PrecisionPolicy(bound=bound).sample_values is (bound is BoundKind.ESTIMATE)
-    assert PrecisionPolicy(bound=bound, sample_values=False).sample_values is False
-    assert PrecisionPolicy(bound="statistical", sample_values=True).sample_values is True
+    assert PrecisionPolicy(bound=bound).sampled is (bound is BoundKind.ESTIMATE)
+    assert PrecisionPolicy(bound=bound, sample_values=False).sampled is False
+    assert PrecisionPolicy(bound="statistical", sample_values=True).sampled is True
+
+
+@pytest.mark.parametrize("given", list(BoundKind))
+@pytest.mark.parametrize("bound", list(BoundKind))
+def test_another_bound_kind_brings_its_own_sampling(given: BoundKind, bound: BoundKind) -> None:
+    changed = replace(PrecisionPolicy(bound=given), bound=bound)
+    assert changed == PrecisionPolicy(bound=bound)
+    assert changed.sampled is (bound is BoundKind.ESTIMATE)
+
+
+def test_sampling_that_was_asked_for_is_kept_or_refused() -> None:
+    asked = PrecisionPolicy(sample_values=True)
+    assert replace(asked, bound="statistical").sampled
+    with pytest.raises(SpecError, match="sample_values"):
+        replace(asked, bound="deterministic")
 
 
 def test_names_become_values() -> None:

@@ -97,7 +97,7 @@ def report_facts(request: Request, findings: Findings) -> ReportFacts:
         ("planes", f"{layouts}, {policy.stored_planes or 'all'} stored"),
         ("key transform", settings.transform),
         ("tokens decided together", str(settings.groups.keys)),
-        ("small value rows", "sampled" if policy.sample_values else "skipped"),
+        ("small value rows", "sampled" if policy.sampled else "skipped"),
         ("rows kept exactly", f"first {policy.exact_first}, last {policy.exact_last}"),
         ("dither rows, seed", f"{policy.dither_rows}, {settings.seed}"),
         ("command", request.command),

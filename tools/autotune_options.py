@@ -104,6 +104,6 @@ def spec_of(options: argparse.Namespace) -> DecodeSpec:
         layout=layout,
         stored_planes=len(layout),
         bound=options.bound,
-        sample_values=bool(policy.sample_values),
+        sample_values=policy.sampled,
         page_tokens=options.page_tokens,
     )

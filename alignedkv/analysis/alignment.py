@@ -97,7 +97,7 @@ class Alignment:
             size = weight + (values.log2_scale + per_row)
         else:
             size = np.full_like(weight, np.inf)  # nothing is too small, whatever theta
-        if self.policy.sample_values:
+        if self.policy.sampled:
             # A row that deserves a second plane is too large to be left to chance.
             drawn = np.clip(np.exp2(np.minimum(size, 0)), SMALLEST_PROBABILITY, 1.0)
             probability = np.where((planes > 1) | scores.is_exact, 1.0, drawn)
@@ -175,7 +175,7 @@ def align(
     statistical = policy.bound is BoundKind.STATISTICAL
     decisions = decisions or (Decisions.SETTLED if statistical else Decisions.EVERY_PLANE)
     groups = groups or DecisionGroups()
-    if policy.sample_values and max(groups.values, groups.value_rows) > 1:
+    if policy.sampled and max(groups.values, groups.value_rows) > 1:
         raise SpecError("sampled value rows are drawn one by one: give value groups of 1")
     settled = decisions is Decisions.SETTLED
     if hint is None:

@@ -114,7 +114,7 @@ class Shares:
     @classmethod
     def of(cls, policy: PrecisionPolicy) -> Shares:
         """What the policy says: chi, or the larger threshold that sampling affords."""
-        factor = SAMPLE_OVER_SKIP if policy.sample_values else 1.0
+        factor = SAMPLE_OVER_SKIP if policy.sampled else 1.0
         return cls(row=policy.skip_share * factor)
 
 

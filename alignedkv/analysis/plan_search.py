@@ -104,7 +104,7 @@ def search_plan(
     tau = np.maximum(policy.tolerance * scores.size, np.finfo(np.float64).tiny)
     alignment = align(scores, policy, theta=tau, decisions=decisions, groups=groups, hint=hint)
     if shares is None:
-        shares = SAMPLED_SHARES if policy.sample_values else SKIPPED_SHARES[policy.bound]
+        shares = SAMPLED_SHARES if policy.sampled else SKIPPED_SHARES[policy.bound]
     trial: _Trial
     if policy.bound is BoundKind.STATISTICAL:
         trial = _Certified(alignment=alignment, seed=seed)

@@ -133,7 +133,7 @@ class DecodeSpec:
             stored_planes=policy.planes_stored(policy.key_layout),
             bound=policy.bound,
             dither_rows=policy.dither_rows,
-            sample_values=bool(policy.sample_values),
+            sample_values=policy.sampled,
             exact_rows=policy.exact_first + policy.exact_last > 0,
             **facts,  # type: ignore[arg-type]
         )

@@ -51,6 +51,8 @@ def test_a_policy_and_a_model_make_a_spec_and_its_arguments() -> None:
     assert str(spec.layout) == "4|2|2|8"
     assert (spec.stored_planes, spec.dither_rows, spec.exact_rows) == (3, 256, True)
     assert (spec.bound, spec.row_dtype, spec.sinks) == (BoundKind.STATISTICAL, "float16", True)
+    assert not spec.sample_values
+    assert DecodeSpec.from_policy(PrecisionPolicy(), head_dim=64, group=1).sample_values
     arguments = StepArguments.from_policy(policy, scaling=0.1, head_dim=80, tokens=4096, window=512)
     assert (arguments.tolerance, arguments.skip_share) == (2.0**-5, 0.1)
     assert arguments.deviations == policy.deviations(80, 4096)
