@@ -13,18 +13,17 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchlib.data import KINDS
 from benchlib.peers import LEADERS, PeerResult, fastest, measure_peer, named_peers
 from benchlib.problem import DecodeInputs, DecodeShape, reference_output
+from benchlib.results import report_failure, run_facts, write
+from benchlib.rows import Case, print_row, row
 
-BF16_ATTENTION = "sdpa-flash-bf16"
 #: (tokens, batch) of the table in the README.
 SIZES = ((8192, 1), (32768, 1), (131072, 1), (32768, 8))
 CAPTURED = "captured"
@@ -32,15 +31,6 @@ CAPTURED = "captured"
 
 class BenchError(Exception):
     """What cannot be timed here; the message says why."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    """One row of the table, before it is measured."""
-
-    shape: DecodeShape
-    data: str
-    tolerance: float
 
 
 def cases(options: argparse.Namespace) -> Iterator[tuple[DecodeShape, str, list[float]]]:
@@ -55,62 +45,6 @@ def cases(options: argparse.Namespace) -> Iterator[tuple[DecodeShape, str, list[
         )
         for data in options.data:
             yield shape, data, options.tolerances
-
-
-def row(
-    case: Case, ours: Any, peers: Sequence[PeerResult], bandwidth: float, card: str
-) -> dict[str, Any]:
-    """The facts of one case as JSON values; times in microseconds, errors relative."""
-    best16, best8 = fastest(peers, 16), fastest(peers, 8)
-    by_name = {peer.name: peer for peer in peers if peer.error is not None}
-    bf16 = by_name.get(BF16_ATTENTION)
-    return {
-        "T": case.shape.tokens,
-        "batch": case.shape.batch,
-        "head_dim": case.shape.head_dim,
-        "group": case.shape.group,
-        "kv_heads": case.shape.kv_heads,
-        "tolerance": case.tolerance,
-        "data": case.data,
-        "ours_us": ours.attend.median_us,
-        "ours_p10_us": ours.attend.p10_us,
-        "ours_p90_us": ours.attend.p90_us,
-        "ours_step_us": ours.step.median_us,
-        "best16_us": best16.timing.median_us if best16 and best16.timing else None,
-        "best16_name": best16.name if best16 else None,
-        "best8_us": best8.timing.median_us if best8 and best8.timing else None,
-        "best8_name": best8.name if best8 else None,
-        "read_fraction": ours.read_fraction,
-        "useful_gb_s": ours.read_fraction * case.shape.kv_bytes(16) / ours.attend.median_us / 1e3,
-        "ceiling_us": ours.read_fraction * case.shape.kv_bytes(16) / bandwidth * 1e6,
-        "bound_max": ours.bound_max,
-        "bound_median": ours.bound_median,
-        "misses": ours.misses,
-        "error_max": ours.error.max,
-        "error_rms": ours.error.rms,
-        "error_bf16": bf16.error.max if bf16 and bf16.error else None,
-        "error_bf16_rms": bf16.error.rms if bf16 and bf16.error else None,
-        "error_best8": best8.error.max if best8 and best8.error else None,
-        "peers_us": {p.name: p.timing.median_us for p in peers if p.timing is not None},
-        "card": card,
-    }
-
-
-def print_row(facts: dict[str, Any]) -> None:
-    """One line of the table as soon as it is known."""
-
-    def ratio(peer: str) -> str:
-        return f"{facts[peer] / facts['ours_us']:5.2f}x" if facts[peer] else "     -"
-
-    print(
-        f"{facts['T']:7d} x {facts['batch']:<2d} {facts['data']:8} {facts['tolerance']:8.5f}"
-        f" {facts['ours_us']:7.1f} ({facts['ours_step_us']:6.1f})"
-        f" {ratio('best16_us')} {ratio('best8_us')}"
-        f" {100 * facts['read_fraction']:5.1f} % {facts['useful_gb_s']:6.0f}"
-        f"  {facts['bound_max']:.5f} {facts['error_max']:.5f}"
-        f" {facts['error_bf16'] or float('nan'):.5f} {facts['misses']:3d}",
-        flush=True,
-    )
 
 
 def decode(options: argparse.Namespace) -> int:
@@ -136,8 +70,7 @@ def decode(options: argparse.Namespace) -> int:
     content: dict[str, Any] = {
         "card": card,
         "read_bandwidth": bandwidth,
-        "command": " ".join(["python", *sys.argv]),
-        "versions": _versions(),
+        **run_facts(),
         "bound": options.bound,
         "failure": options.failure,
         "config": chosen,
@@ -150,7 +83,7 @@ def decode(options: argparse.Namespace) -> int:
             inputs = _inputs(shape, data, options.seed)
             reference = reference_output(inputs)
         except (ValueError, RuntimeError) as error:
-            _report_failure(content, shape, data, error)
+            report_failure(content, shape, data, error)
             continue
         peers = _measure_peers(options, inputs, reference, content)
         for tolerance in tolerances:
@@ -173,7 +106,7 @@ def decode(options: argparse.Namespace) -> int:
                     card,
                 )
             except Exception as error:  # noqa: BLE001 - one broken case must not cost the others
-                _report_failure(content, shape, data, error)
+                report_failure(content, shape, data, error)
                 continue
             finally:
                 ours = None
@@ -181,11 +114,11 @@ def decode(options: argparse.Namespace) -> int:
                 torch.cuda.empty_cache()
             print_row(facts)
             content["rows"].append(facts)
-            _write(options.json, content)
+            write(options.json, content)
         del inputs, reference
     for name, reason in content["skipped"].items():
         print(f"skipped: {name}: {reason}")
-    _write(options.json, content)
+    write(options.json, content)
     return 1 if content["failures"] else 0
 
 
@@ -212,35 +145,6 @@ def _measure_peers(
     return results
 
 
-def _report_failure(
-    content: dict[str, Any], shape: DecodeShape, data: str, error: Exception
-) -> None:
-    line = f"{shape}, {data}: {type(error).__name__}: {error}"
-    print(f"FAILED {line}", flush=True)
-    content["failures"].append(line)
-
-
-def _write(path: Path | None, content: dict[str, Any]) -> None:
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
-
-
-def _versions() -> dict[str, str]:
-    import cupy
-    import torch
-
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cupy": cupy.__version__,
-        "driver": str(cupy.cuda.runtime.driverGetVersion()),
-    }
-
-
 def paper(options: argparse.Namespace) -> int:
     """Time the paper's kernel with its rule, with all planes, and the best 16-bit peer."""
     _require_gpu("paper")
@@ -251,8 +155,7 @@ def paper(options: argparse.Namespace) -> int:
     card = torch.cuda.get_device_name()
     content: dict[str, Any] = {
         "card": card,
-        "command": " ".join(["python", *sys.argv]),
-        "versions": _versions(),
+        **run_facts(),
         "rows": [],
         "failures": [],
         "skipped": {},
@@ -264,7 +167,7 @@ def paper(options: argparse.Namespace) -> int:
             reference = reference_output(inputs)
             results = measure_paper(inputs, reference, replays=options.replays)
         except Exception as error:  # noqa: BLE001 - one broken case must not cost the others
-            _report_failure(content, shape, data, error)
+            report_failure(content, shape, data, error)
             continue
         best = fastest(_measure_peers(options, inputs, reference, content), 16)
         for found in results:
@@ -287,8 +190,8 @@ def paper(options: argparse.Namespace) -> int:
                 flush=True,
             )
             content["rows"].append(facts)
-        _write(options.json, content)
-    _write(options.json, content)
+        write(options.json, content)
+    write(options.json, content)
     return 1 if content["failures"] else 0
 
 

@@ -14,6 +14,7 @@ from benchlib.data import (  # noqa: E402
 )
 from benchlib.peers import PeerResult  # noqa: E402
 from benchlib.problem import DecodeShape, OutputError, reference_output  # noqa: E402
+from benchlib.rows import BF16_ATTENTION, Case, print_row, row  # noqa: E402
 from benchlib.timing import Timing  # noqa: E402
 
 SHAPE = DecodeShape(tokens=4096, heads=4, kv_heads=1)
@@ -38,15 +39,15 @@ OURS = SimpleNamespace(
 )
 PEERS = [
     PeerResult(name="sdpa-cudnn-fp16", bits=16, timing=timing(50.0), error=error(2**-11)),
-    PeerResult(name=tool.BF16_ATTENTION, bits=16, timing=timing(60.0), error=error(2**-7)),
+    PeerResult(name=BF16_ATTENTION, bits=16, timing=timing(60.0), error=error(2**-7)),
     PeerResult(name="flashinfer-xqa-fp8", bits=8, timing=timing(36.0), error=error(2**-4)),
     PeerResult(name="flashinfer-xqa-fp16", bits=16, reason="not installed"),
 ]
 
 
 def test_a_row_names_the_fastest_peers_and_counts_useful_bytes():
-    case = tool.Case(shape=SHAPE, data="mixed", tolerance=2**-7)
-    facts = tool.row(case, OURS, PEERS, bandwidth=3e12, card="a card")
+    case = Case(shape=SHAPE, data="mixed", tolerance=2**-7)
+    facts = row(case, OURS, PEERS, bandwidth=3e12, card="a card")
     assert (facts["best16_name"], facts["best16_us"]) == ("sdpa-cudnn-fp16", 50.0)
     assert (facts["best8_name"], facts["best8_us"]) == ("flashinfer-xqa-fp8", 36.0)
     assert facts["error_bf16"] == 2**-7
@@ -59,10 +60,10 @@ def test_a_row_names_the_fastest_peers_and_counts_useful_bytes():
 
 
 def test_without_peers_the_row_says_so_and_prints(capsys):
-    case = tool.Case(shape=SHAPE, data="flat", tolerance=2**-5)
-    facts = tool.row(case, OURS, [], bandwidth=3e12, card="a card")
+    case = Case(shape=SHAPE, data="flat", tolerance=2**-5)
+    facts = row(case, OURS, [], bandwidth=3e12, card="a card")
     assert facts["best16_us"] is facts["best8_us"] is facts["error_bf16"] is None
-    tool.print_row(facts)
+    print_row(facts)
     assert "flat" in capsys.readouterr().out
 
 
@@ -83,8 +84,8 @@ def test_the_plot_is_drawn_from_a_result(tmp_path):
     for tokens in (8192, 32768):
         shape = DecodeShape(tokens=tokens)
         for tolerance in (2**-7, 2**-5):
-            case = tool.Case(shape=shape, data="mixed", tolerance=tolerance)
-            rows.append(tool.row(case, OURS, PEERS, bandwidth=3e12, card="a card"))
+            case = Case(shape=shape, data="mixed", tolerance=tolerance)
+            rows.append(row(case, OURS, PEERS, bandwidth=3e12, card="a card"))
     file = tmp_path / "decode.json"
     file.write_text(json.dumps({"rows": rows, "card": "a card"}))
     assert tool.main(["plot", str(file)]) == 0
