@@ -4,6 +4,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 import bench_generate as tool  # noqa: E402
+import bench_generate_steps as steps  # noqa: E402
 
 TINY = {
     "vocab_size": 97,
@@ -19,13 +20,13 @@ def test_the_stock_step_of_fixed_length_is_the_models_own(monkeypatch):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**TINY)).eval()
     ids = torch.randint(0, 97, (2, 50))
-    monkeypatch.setattr(tool, "PREFILL_CHUNK", 16)
+    monkeypatch.setattr(steps, "PREFILL_CHUNK", 16)
     cache = transformers.DynamicCache(config=model.config)
-    cache.layers = [tool.FullLayer() for _ in range(2)]
-    tool.prefill(model, ids, cache)
+    cache.layers = [steps.FullLayer() for _ in range(2)]
+    steps.prefill(model, ids, cache)
     for layer in cache.layers:
         layer.fix()
-    step = {"use_cache": True, tool.cache_keyword(model): cache}
+    step = {"use_cache": True, steps.cache_keyword(model): cache}
     with torch.no_grad():
         answers = [
             model(ids[:, -1:], position_ids=torch.full((2, 1), 50), **step).logits for _ in range(2)
