@@ -67,7 +67,7 @@ class Place:
     config : DecodeConfig
     target : DeviceTarget
     device : int
-    stream : cupy.cuda.Stream or ExternalStream
+    stream : cupy.cuda.Stream
     functions : dict
         Kernels that have been launched, by file, name and dynamic shared memory.
     """
@@ -199,14 +199,36 @@ class Place:
 
 @functools.lru_cache(maxsize=1024)
 def _place(spec: DecodeSpec, config: DecodeConfig | None, device: int, stream: int) -> Place:
-    import cupy
-
     target = device_target(device)
     if config is None:
         config = default_config(spec, target)
     check_legal(spec, config, target)
-    on = cupy.cuda.ExternalStream(stream) if stream else cupy.cuda.Stream.null
-    return Place(spec=spec, config=config, target=target, device=device, stream=on)
+    return Place(
+        spec=spec, config=config, target=target, device=device, stream=external_stream(stream)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _StreamHandle:
+    """A stream known by its number, as an object of the CUDA stream protocol."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle  # version of the protocol, cudaStream_t
+
+
+def external_stream(handle: int) -> Any:
+    """The ``cupy.cuda.Stream`` of a ``cudaStream_t``; 0 is the default stream.
+
+    Whoever made the stream keeps it alive.
+    """
+    import cupy
+
+    if not handle:
+        return cupy.cuda.Stream.null
+    # From CuPy 14.0 on, which deprecates ExternalStream.
+    return cupy.cuda.Stream.from_external(_StreamHandle(handle))
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from alignedkv.kernels import paper
+from alignedkv.kernels.device import external_stream
 from benchlib.problem import DecodeInputs, OutputError, copies_for_cold_cache, output_error
 from benchlib.timing import Timing, time_graph
 
@@ -86,7 +87,4 @@ def measure_paper(
 
 def on_stream(cache: paper.PaperCache, stream: int) -> paper.PaperCache:
     """The same cache, its kernels launched on another stream."""
-    import cupy
-
-    place = replace(cache.place, stream=cupy.cuda.ExternalStream(stream))
-    return replace(cache, place=place)
+    return replace(cache, place=replace(cache.place, stream=external_stream(stream)))

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from alignedkv.kernels.device import external_stream
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -190,7 +192,7 @@ def read_bandwidth(*, replays: int = 10) -> float:
     )
 
     def read() -> None:
-        with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+        with external_stream(torch.cuda.current_stream().cuda_stream):
             kernel((blocks,), (256,), arguments)
 
     return _READ_BYTES / time_graph([read], replays=replays).median_us * 1e6
