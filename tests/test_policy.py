@@ -91,6 +91,8 @@ def test_the_two_ready_policies() -> None:
     assert output_policy().tolerance == 2.0**-7
     assert model_policy(failure=1e-6).tolerance == 2.0**-5
     assert model_policy(failure=1e-6).failure == 1e-6
+    assert output_policy().exact_first == model_policy().exact_first == 4
+    assert model_policy(exact_first=0).exact_first == 0
 
 
 @pytest.mark.parametrize(

@@ -79,10 +79,11 @@ def patch(
     ----------
     model : PreTrainedModel
     policy : PrecisionPolicy or str, optional
-        How accurate an attention output has to be. ``"output"``: within 2^-7 of its largest
-        component, as accurate as bf16 FlashAttention. ``"model"``: within 2^-5, where the model's
-        predictions are closer to exact ones than bf16 arithmetic leaves them. Or a policy, such as
-        ``PrecisionPolicy(tolerance=2**-6, bound="deterministic")``. Default: "output".
+        How accurate an attention output has to be. ``"model"`` (default): within 2^-5 of its
+        largest component, where the model's predictions are closer to exact ones than bf16
+        attention leaves them. ``"output"``: within 2^-7, as accurate as bf16 FlashAttention. Both
+        keep the first rows of a sequence exact. Or a policy of your own, such as
+        ``PrecisionPolicy(tolerance=2**-6, bound="deterministic")``.
     on_miss : OnMiss or str
         What happens to a head whose bound exceeds the tolerance: ``"repair"`` (default), ``"flag"``
         or ``"raise"``; see `OnMiss`.

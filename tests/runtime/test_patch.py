@@ -178,8 +178,22 @@ def test_softcap_has_no_statistical_bound() -> None:
 
 def test_presets() -> None:
     for name, tolerance in (("output", 2.0**-7), ("model", 2.0**-5)):
-        assert runtime.make_request(name).policy.tolerance == tolerance
-    assert runtime.make_request(None).policy == runtime.make_request("output").policy
+        policy = runtime.make_request(name).policy
+        assert (policy.tolerance, policy.exact_first) == (tolerance, 4)
+
+
+def test_the_default_is_the_models_preset() -> None:
+    wanted = runtime.make_request("model")
+    assert runtime.make_request(None) == runtime.Request() == wanted
+    model = make_tiny("Llama")
+    assert runtime.AlignedKVCache(model.config).request == wanted
+    assert runtime.forecast(model, context=4096) == runtime.forecast(
+        model, context=4096, policy="model"
+    )
+    with runtime.patched(model), torch.no_grad():
+        assert model(prompt(1, 20))[CACHE].request == wanted
+        answer = model.generate(prompt(1, 20), max_new_tokens=2, return_dict_in_generate=True)
+        assert answer[CACHE].request == wanted
 
 
 @pytest.mark.parametrize("bound", ["deterministic", "statistical", "estimate"])
