@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignedkv.kernels.spec import DTYPES, HEAD_DIMS, LAYOUTS, DecodeSpec
-from alignedkv.kernels.tune.data import SYNTHETIC
+from alignedkv.kernels.tune.data import KINDS
 from alignedkv.kernels.tune.search import STRATEGIES
 from alignedkv.planes import PlaneLayout
 from alignedkv.policy import BoundKind, PrecisionPolicy
@@ -53,7 +53,7 @@ def _add_problem(group: argparse._ArgumentGroup) -> None:
     add("--page-tokens", type=int, help="tokens of a page (default: contiguous)")
     add("--tolerance", type=_number, nargs="+", default=[2.0**-7], metavar="2^-7",
         help="the first is searched; at others the fastest are measured: the front")  # fmt: skip
-    add("--data", nargs="+", default=["mixed"], choices=(*SYNTHETIC, CAPTURED),
+    add("--data", nargs="+", default=["mixed"], choices=(*KINDS, CAPTURED),
         help="kinds of scores: the first is searched, the winner is the best on all")  # fmt: skip
     add("--captured", type=Path, help="activations for --data captured (default: our sample)")
 

@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchlib.data import KINDS
+from alignedkv.errors import TuningError
+from alignedkv.kernels.tune.data import KINDS
 from benchlib.peers import LEADERS, PeerResult, fastest, measure_peer, named_peers
 from benchlib.problem import DecodeInputs, DecodeShape, reference_output
 from benchlib.results import report_failure, run_facts, write
@@ -82,7 +83,7 @@ def decode(options: argparse.Namespace) -> int:
         try:
             inputs = _inputs(shape, data, options.seed)
             reference = reference_output(inputs)
-        except (ValueError, RuntimeError) as error:
+        except (TuningError, ValueError, RuntimeError) as error:
             report_failure(content, shape, data, error)
             continue
         peers = _measure_peers(options, inputs, reference, content)

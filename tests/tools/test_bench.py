@@ -6,8 +6,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import bench as tool  # noqa: E402
+from alignedkv.errors import TuningError  # noqa: E402
+from alignedkv.kernels.tune.data import KINDS  # noqa: E402
 from benchlib.data import (  # noqa: E402
-    KINDS,
     captured_inputs,
     effective_tokens,
     synthetic_inputs,
@@ -148,5 +149,5 @@ def test_captured_rows_repeat_and_keep_their_outputs():
 
 
 def test_an_unknown_kind_is_named():
-    with pytest.raises(ValueError, match="flat, mixed"):
+    with pytest.raises(TuningError, match="flat, mixed"):
         synthetic_inputs(SHAPE, "smooth", device="cpu")
