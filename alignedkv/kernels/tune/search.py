@@ -12,7 +12,8 @@ from pathlib import Path
 
 from alignedkv.errors import TuningError
 from alignedkv.kernels.config import DecodeConfig
-from alignedkv.kernels.tune.study import Claim, Journal, Memory, Study
+from alignedkv.kernels.tune.journal import Journal
+from alignedkv.kernels.tune.study import Claim, Memory, Study
 from alignedkv.kernels.tune.trials import Trial, fastest
 
 STRATEGIES = ("grid", "random", "tpe")
