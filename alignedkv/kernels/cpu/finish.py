@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from alignedkv.kernels.arithmetic import REACH as PREFIX_REACH
 from alignedkv.kernels.cpu.compiled import compiled
 from alignedkv.kernels.cpu.maths import add_scaled
 from alignedkv.kernels.cpu.sums import curvature, scale_sums
@@ -88,7 +89,7 @@ def bound_head(step, facts, sums, classes, sink, spread, mean_size):
         if step.kind != DETERMINISTIC:
             likely = _statistical(step, facts, sums, classes, sink, spread, mean_size)
             found = likely if step.sampled else min(likely, found)
-    return (found + step.accumulation * 8.5 * sums[REACH]) * SAFETY
+    return (found + step.accumulation * PREFIX_REACH * sums[REACH]) * SAFETY
 
 
 @compiled
