@@ -34,7 +34,7 @@ from transformers import DynamicCache
 
 from alignedkv import runtime
 from alignedkv.errors import AlignedKVError
-from alignedkv.policy import BoundKind, PrecisionPolicy
+from alignedkv.policy import PRESET_EXACT_FIRST, BoundKind, PrecisionPolicy
 from evallib import candidates, measures, needle, plot
 from evallib.text import CACHE, DTYPES, EvaluationError, Subject, load
 
@@ -62,7 +62,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--bound", choices=list(BoundKind), default="estimate")
     parser.add_argument(
-        "--exact-first", type=int, default=0, help="first tokens whose rows are kept as they are"
+        "--exact-first",
+        type=int,
+        default=PRESET_EXACT_FIRST,
+        help="first tokens whose rows are kept as they are (default: %(default)s, as in the presets)",
     )
     parser.add_argument(
         "--rivals", default="all", help="'all', 'none' or names separated by commas"

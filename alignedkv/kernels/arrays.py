@@ -165,7 +165,9 @@ class DecodeResult:
     missed : uint8 array [B, H]
         1 where bound <= tolerance * (size - bound) does not hold, after all repairs.
     reads : uint32 array [B, Hkv, 2, N]
-        Rows of keys (0) and values (1) of which plane n was read, repairs included.
+        Rows of keys (0) and values (1) of which plane n was read, repairs included.  A pass, of
+        which a step makes one for each part of a group and repairs add more, counts the first key
+        plane of every attended token that is not kept exact, once.
     state : HeadState
         For the next step.
     """

@@ -102,7 +102,7 @@ def allocate(
 
 def numpy_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
     """`zeros` for NumPy caches: bfloat16 as uint16 bit patterns."""
-    return np.zeros(shape, "uint16" if dtype == "bfloat16" else dtype)
+    return np.zeros(shape, _held(dtype))
 
 
 def allocate_numpy(spec: DecodeSpec, **sizes: int | None) -> CacheArrays:
@@ -116,29 +116,84 @@ def bytes_per_token(spec: DecodeSpec) -> int:
     return SCALE_BYTES + 2 * sum(row_bytes(spec.channels, width) for width in widths)
 
 
-def bytes_stored(spec: DecodeSpec, *, batch: int, kv_heads: int, capacity: int) -> int:
-    """Bytes of planes and scales of a contiguous cache."""
-    return batch * kv_heads * capacity * bytes_per_token(spec)
+def bytes_per_exact_row(spec: DecodeSpec) -> int:
+    """Bytes that a token of one KV head takes besides where it is kept exact: K and V."""
+    return 2 * spec.head_dim * _held(spec.row_dtype).itemsize
 
 
-def bytes_read(spec: DecodeSpec, reads: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Bytes of planes and scales that a step has read.
+def bytes_stored(
+    spec: DecodeSpec, *, batch: int, kv_heads: int, capacity: int, exact_rows: int = 0
+) -> int:
+    """Bytes of planes, scales and rows kept exact of a contiguous cache.
+
+    Parameters
+    ----------
+    exact_rows : int
+        ``exact_first + exact_last`` of `CacheArrays`.
+
+    Raises
+    ------
+    SpecError
+        If ``exact_rows`` is not positive exactly where ``spec.exact_rows``.
+    """
+    _check_exact_rows(spec, exact_rows)
+    per_head = capacity * bytes_per_token(spec) + exact_rows * bytes_per_exact_row(spec)
+    return batch * kv_heads * per_head
+
+
+def exact_rows_read(spec: DecodeSpec, first_reads: Array, attended: Array, kept: Array) -> Array:
+    """How often steps have read a row kept exact: K and V together count once.
+
+    Parameters
+    ----------
+    first_reads : int array
+        ``DecodeResult.reads[..., 0, 0]``, of any shape.
+    attended, kept : int arrays
+        Tokens that the sequence attended to, and those of them that it keeps exact.
+
+    Notes
+    -----
+    A pass over a head reads every row kept exact, and the first key plane of every other attended
+    token: so first planes tell how many passes there were.  Where no other token is attended,
+    nothing misses, and each part of a group makes one.  For NumPy arrays and torch tensors alike.
+    """
+    others = attended - kept
+    passes = first_reads // others.clip(min=1) + (others == 0) * spec.subgroups
+    return passes * kept
+
+
+def bytes_read(
+    spec: DecodeSpec, reads: NDArray[np.integer], *, exact: NDArray[np.integer] | None = None
+) -> NDArray[np.int64]:
+    """Bytes of planes, scales and rows kept exact that steps have read.
 
     Parameters
     ----------
     reads : int array [..., 2, N]
         `DecodeResult.reads`.
+    exact : int array [...], optional
+        From `exact_rows_read`; only where ``spec.exact_rows``.
 
     Returns
     -------
     int64 array [...]
         A token's scales count once with its first key plane.
+
+    Raises
+    ------
+    SpecError
+        If ``exact`` is not given exactly where ``spec.exact_rows``.
     """
+    if (exact is not None) != spec.exact_rows:
+        raise SpecError(
+            f"reads {'without' if exact is None else 'with'} those of exact rows and "
+            f"DecodeSpec.exact_rows={spec.exact_rows}: give `exact` exactly where it is set"
+        )
     widths = spec.layout.widths[: spec.stored_planes]
     per_row = np.array([row_bytes(spec.channels, width) for width in widths], np.int64)
     rows = reads.astype(np.int64)
     total: NDArray[np.int64] = (rows * per_row).sum(axis=(-2, -1)) + SCALE_BYTES * rows[..., 0, 0]
-    return total
+    return total if exact is None else total + bytes_per_exact_row(spec) * exact.astype(np.int64)
 
 
 def capacity_of(spec: DecodeSpec, cache: CacheArrays) -> int:
@@ -263,8 +318,8 @@ def check_query(
 
 def check_dtype(name: str, array: Array, dtype: str) -> None:
     """Raise LaunchError unless a NumPy array holds the named dtype (bfloat16 as uint16)."""
-    wanted = "uint16" if dtype == "bfloat16" else dtype
-    if array.dtype != np.dtype(wanted):
+    wanted = _held(dtype)
+    if array.dtype != wanted:
         pattern = ", as uint16 bit patterns" if dtype == "bfloat16" else ""
         raise LaunchError(f"{name} are {array.dtype}: this spec takes {dtype}{pattern}")
 
@@ -274,8 +329,17 @@ def _check_sizes(spec: DecodeSpec, batch: int, kv_heads: int, capacity: int, exa
         raise SpecError(f"{batch} sequences of {kv_heads} KV heads: give at least one of each")
     if not 1 <= capacity <= MAX_TOKENS:
         raise SpecError(f"capacity {capacity}: give 1 to {MAX_TOKENS} tokens")
+    _check_exact_rows(spec, exact)
+
+
+def _check_exact_rows(spec: DecodeSpec, exact: int) -> None:
     if (exact > 0) != spec.exact_rows:
         raise SpecError(
             f"{exact} exact rows with DecodeSpec.exact_rows={spec.exact_rows}: set it exactly "
             "where exact_first + exact_last is positive"
         )
+
+
+def _held(dtype: str) -> np.dtype[np.generic]:
+    """What NumPy holds a named dtype in: bfloat16 as uint16 bit patterns."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)

@@ -42,6 +42,8 @@ class Totals:
     ----------
     reads : int64 tensor [P, 2, N]
         Rows of keys and values of which plane n was read.
+    exact : int64 tensor [P]
+        Rows kept exact that were read, as `storage.exact_rows_read` counts them.
     tokens : int64 tensor [P]
         Tokens of all sequences, times KV heads: what a stock step would have read in full.
     misses : int64 tensor [P]
@@ -53,6 +55,7 @@ class Totals:
     """
 
     reads: Tensor
+    exact: Tensor
     tokens: Tensor
     misses: Tensor
     largest: Tensor
@@ -67,6 +70,7 @@ class Totals:
 
         totals = cls(
             reads=count(layers, 2, planes),
+            exact=count(layers),
             tokens=count(layers),
             misses=count(layers),
             largest=torch.zeros(layers, device=device),
@@ -78,7 +82,7 @@ class Totals:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them, in the order of their declaration."""
-        return self.reads, self.tokens, self.misses, self.largest, self.histogram
+        return self.reads, self.exact, self.tokens, self.misses, self.largest, self.histogram
 
 
 class Monitor:
@@ -121,6 +125,11 @@ class Monitor:
             )
             kv_heads = reads.shape[2]
             tokens = torch.stack([each.lengths - each.starts for each in tensors])
+            if tensors[0].spec.exact_rows:
+                kept = tokens.clip(max=sum(tensors[0].exact_rows))
+                totals.exact[place] += storage.exact_rows_read(
+                    tensors[0].spec, reads[..., 0, 0], tokens[..., None], kept[..., None]
+                ).sum(dim=(1, 2))
             totals.reads[place] += reads.sum(dim=(1, 2))
             totals.tokens[place] += kv_heads * tokens.sum(dim=1)
             totals.misses[place] += missed.sum(dim=(1, 2))
@@ -135,7 +144,7 @@ class Monitor:
         import pandas as pd
 
         count = len(self.layers)
-        reads, tokens, misses, largest, histogram = _summed(self._totals.values(), count)
+        reads, exact, tokens, misses, largest, histogram = _summed(self._totals.values(), count)
         stored = np.zeros(count, np.int64)
         for layer in self._live:
             stored[layer.position] += layer.tensors.bytes()
@@ -143,7 +152,8 @@ class Monitor:
         for position, spec in self._specs.items():
             stock = tokens[position] * 2 * STOCK_BYTES * spec.head_dim
             if stock:
-                fraction[position] = storage.bytes_read(spec, reads[position]) / stock
+                kept = exact[position] if spec.exact_rows else None
+                fraction[position] = storage.bytes_read(spec, reads[position], exact=kept) / stock
         return pd.DataFrame(
             {
                 "layer": self.layers,
@@ -170,8 +180,8 @@ def _summed(totals: Any, layers: int) -> tuple[np.ndarray, ...]:
     parts = [[tensor.cpu().numpy() for tensor in each.tensors()] for each in totals]
     if not parts:
         parts = [[t.numpy() for t in Totals.zeros(layers, 1, torch.device("cpu")).tensors()]]
-    reads, tokens, misses, largest, histogram = zip(*parts, strict=True)
-    return sum(reads), sum(tokens), sum(misses), np.maximum.reduce(largest), sum(histogram)
+    *counts, largest, histogram = zip(*parts, strict=True)
+    return *map(sum, counts), np.maximum.reduce(largest), sum(histogram)
 
 
 def _medians(histogram: np.ndarray) -> np.ndarray:

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import oracles
 from alignedkv.errors import ActivationError, LaunchError
 from alignedkv.formats import BF16, FP16, FP32
-from alignedkv.kernels.arrays import HEAD_HINTS, DecodeResult, HeadState
-from alignedkv.kernels.storage import allocate_numpy, from_float64, to_float32
+from alignedkv.kernels.arrays import HEAD_HINTS, CacheArrays, DecodeResult, HeadState
+from alignedkv.kernels.storage import allocate_numpy, exact_slots, from_float64, to_float32
 from alignedkv.planes import unpack_plane
 from problems import RECIPES, Problem, hinted, make, recipe
 from strategies import ADVERSARIAL
@@ -80,13 +81,24 @@ def _check_answer(problem: Problem, found: DecodeResult) -> None:
     assert not found.missed[~some].any()
     assert not to_float32(found.output, spec.query_dtype)[~some].any()
 
-    # Every token's first key plane once a pass and part of the group, less those kept exact; planes
-    # nest.
-    passes = (1 + problem.arguments.repairs) * spec.subgroups
-    assert (found.reads[:, :, 0, 0] <= passes * attended[:, None]).all()
+    # The first key plane of every token that is not kept exact, once a pass and part of the group;
+    # planes nest.
+    others = attended - _kept_exact(problem.cache, start)
+    passes, rest = np.divmod(found.reads[:, :, 0, 0], np.maximum(others, 1)[:, None])
+    assert not rest.any()
+    assert (passes <= (1 + problem.arguments.repairs) * spec.subgroups).all()
+    assert (passes >= spec.subgroups * (others > 0)[:, None]).all()
     assert (np.diff(found.reads.astype(np.int64), axis=-1) <= 0).all()
-    if not spec.exact_rows:
-        assert (found.reads[:, :, 0, 0] >= attended[:, None]).all()
+
+
+def _kept_exact(cache: CacheArrays, attended_from: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Attended tokens of each sequence that are kept exact [B]."""
+    sequences = zip(attended_from, cache.starts, cache.lengths, strict=True)
+    slots = [
+        exact_slots(cache, np.arange(first, max(first, length)), start=start, length=length)
+        for first, start, length in sequences
+    ]
+    return np.array([(slot >= 0).sum() for slot in slots])
 
 
 @pytest.mark.parametrize("bound", ["estimate", "deterministic", "statistical"])

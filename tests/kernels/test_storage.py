@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from alignedkv.kernels.storage import (
     bytes_read,
     bytes_stored,
     capacity_of,
+    exact_rows_read,
     exact_slots,
     from_float64,
     row_addresses,
@@ -119,6 +121,40 @@ def test_bytes_are_those_of_the_arrays() -> None:
     reads = np.array([[10, 2, 0], [5, 0, 0]])
     spec = DecodeSpec(head_dim=64, group=1, layout=PlaneLayout((4, 4, 8)), stored_planes=3)
     assert bytes_read(spec, reads) == 10 * (32 + 4) + 2 * 32 + 5 * 32
+
+
+def test_exact_rows_count() -> None:
+    spec = DecodeSpec(head_dim=64, group=2, exact_rows=True, row_dtype="float32")
+    cache = allocate_numpy(spec, **SIZES, exact_first=2, exact_last=3)
+    arrays = (*cache.key_planes, *cache.value_planes, cache.scales)
+    rows = (cache.exact_keys, cache.exact_values)
+    assert bytes_stored(spec, **SIZES, exact_rows=5) == sum(x.nbytes for x in (*arrays, *rows))
+    reads = np.array([[10, 2, 0, 0], [5, 0, 0, 0]])
+    planes = bytes_read(replace(spec, exact_rows=False), reads)
+    assert bytes_read(spec, reads, exact=np.array(7)) == planes + 7 * 2 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("first_reads", "attended", "kept", "wanted"),
+    [(38, 40, 2, 2), (3 * 38, 40, 2, 6), (36, 40, 4, 4), (0, 3, 3, 3), (0, 0, 0, 0)],
+)
+def test_first_planes_tell_the_passes_over_exact_rows(
+    first_reads: int, attended: int, kept: int, wanted: int
+) -> None:
+    spec = DecodeSpec(head_dim=64, group=2, exact_rows=True)
+    numbers = [np.array([x]) for x in (first_reads, attended, kept)]
+    assert exact_rows_read(spec, *numbers).tolist() == [wanted]
+
+
+def test_bytes_without_exact_rows_are_refused() -> None:
+    spec = DecodeSpec(head_dim=64, group=2, exact_rows=True)
+    reads = np.zeros((2, 4), np.int64)
+    with pytest.raises(SpecError, match="exactly where it is set"):
+        bytes_read(spec, reads)
+    with pytest.raises(SpecError, match="exactly where it is set"):
+        bytes_read(SPEC, reads, exact=np.array(1))
+    with pytest.raises(SpecError, match="exact_rows=True"):
+        bytes_stored(spec, **SIZES)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -10,6 +10,7 @@ import torch
 
 from alignedkv import runtime
 from alignedkv.kernels import storage
+from alignedkv.policy import PrecisionPolicy
 from alignedkv.runtime import AlignedKVCache, make_request
 from alignedkv.runtime.monitor import BINS, BINS_PER_BIT, LOWEST_EXPONENT, _medians
 from alignedkv.runtime.patch import patch_of
@@ -30,7 +31,7 @@ def test_before_any_step() -> None:
 
 def test_counts_are_those_of_the_steps() -> None:
     model = make_tiny("Llama")
-    ratios, reads, misses = [], 0, 0
+    ratios, read, misses = [], 0, 0
     with runtime.patched(model, "output", on_miss="flag"), torch.no_grad():
         cache = AlignedKVCache(
             model.config,
@@ -44,14 +45,48 @@ def test_counts_are_those_of_the_steps() -> None:
             bound, size, missed, rows = (tensor.clone() for tensor in tensors.results)
             ratios.append((bound / size).flatten())
             misses += int(missed.sum())
-            reads += storage.bytes_read(tensors.spec, rows.numpy()).sum()
+            reads = rows.numpy()
+            passes = reads[..., 0, 0] // (31 + step - 4)
+            read += storage.bytes_read(tensors.spec, reads, exact=4 * passes).sum()
         row = runtime.report(model).iloc[1]
     ratio = torch.cat(ratios).double()
     stock = sum(range(31, 36)) * 2 * 2 * 64 * 2 * 2
-    assert row.read_fraction == pytest.approx(reads / stock)
+    assert row.read_fraction == pytest.approx(read / stock)
     assert row.bound_max == pytest.approx(float(ratio.max()))
     assert abs(np.log2(row.bound_median / float(ratio.median()))) <= 1 / BINS_PER_BIT
     assert row.misses == misses
+
+
+def test_exact_rows_are_read_and_stored() -> None:
+    """Where every row is exact nothing else is read: K and V of float32, twice a 16-bit cache's."""
+    model = make_tiny("Llama")
+    with runtime.patched(model, PrecisionPolicy(exact_first=64)), torch.no_grad():
+        cache = model(prompt(2, 30))[CACHE]
+        for token in range(5):
+            model(torch.full((2, 1), token + 3), **{CACHE: cache})
+        report = runtime.report(model)
+        tensors = cache.layers[0].tensors
+    assert report.read_fraction.tolist() == [2.0, 2.0]
+    rows = tensors.rows[-2:]
+    assert [tuple(row.shape) for row in rows] == [(2, 2, 64, 64)] * 2
+    others = sum(t.nbytes for t in tensors.everything()) - sum(t.nbytes for t in rows)
+    assert report.stored_bytes[0] - others == 2 * 2 * 2 * 64 * 64 * 4
+
+
+@pytest.mark.parametrize("exact_last", [0, 3])
+def test_exact_rows_of_padded_sequences(exact_last: int) -> None:
+    """A sequence of 5 tokens and one of 30: rows kept exact are those behind the padding."""
+    model = make_tiny("Llama")
+    mask = torch.ones(2, 31, dtype=torch.long)
+    mask[1, :25] = 0
+    policy = PrecisionPolicy(exact_first=4, exact_last=exact_last)
+    with runtime.patched(model, policy, on_miss="flag"), torch.no_grad():
+        cache = model(prompt(2, 30), attention_mask=mask[:, :-1])[CACHE]
+        model(torch.full((2, 1), 3), attention_mask=mask, **{CACHE: cache})
+        totals = patch_of(model).monitor._totals[torch.device("cpu")]
+    kept = 4 + exact_last + min(4 + exact_last, 6)
+    assert totals.exact.tolist() == [2 * kept] * 2
+    assert totals.reads[:, 0, 0].tolist() == [2 * (31 + 6 - kept)] * 2
 
 
 def test_padding_does_not_count() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from alignedkv.kernels.storage import bytes_read
 from benchlib.ours import OurStep
 from benchlib.problem import OutputError, output_error
 from benchlib.timing import Timing, time_graph
@@ -54,10 +53,10 @@ def measure_numba_cuda(ours: OurStep, reference: Tensor, *, replays: int = 25) -
     calls = [call(prepared) for prepared in steps]
     error = output_error(calls[0](), reference)
     answer = steps[0][-1]
-    read = bytes_read(ours.spec, answer.reads.copy_to_host()).sum()
+    read = ours.bytes_read(answer.reads.copy_to_host())
     return NumbaResult(
         attend=time_graph(calls, replays=replays),
-        read_fraction=float(read / ours.inputs.shape.kv_bytes(16)),
+        read_fraction=read / ours.inputs.shape.kv_bytes(16),
         error=error,
         misses=int(answer.missed.copy_to_host().sum()),
     )

@@ -7,18 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from alignedkv.kernels import launch
 from alignedkv.kernels.arrays import CacheArrays, DecodeResult, StepArguments
 from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.device import device_target
 from alignedkv.kernels.spec import DecodeSpec
-from alignedkv.kernels.storage import allocate, bytes_read
+from alignedkv.kernels.storage import allocate, bytes_read, exact_rows_read
 from alignedkv.kernels.workspace import allocate_workspace
 from alignedkv.policy import PrecisionPolicy
 from benchlib.problem import COLD_BYTES, DecodeInputs, DecodeShape, OutputError, output_error
 from benchlib.timing import Timing, time_graph
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
 __all__ = ["OurResult", "OurStep", "torch_put", "torch_zeros"]
@@ -150,19 +153,28 @@ class OurStep:
             raise ValueError("an output lies outside its own bound: the kernel is broken")
         relative = found.bound.double() / found.size.double()
         reads = found.reads.cpu().numpy().astype("uint32")
-        read = bytes_read(self.spec, reads).sum() / self.inputs.shape.kv_bytes(16)
+        read = self.bytes_read(reads) / self.inputs.shape.kv_bytes(16)
         misses = int(found.missed.sum())
         attend = time_graph(self._calls(self.attend), replays=replays)
         step = time_graph(self._calls(self.append_and_attend), replays=replays)
         return OurResult(
             attend=attend,
             step=step,
-            read_fraction=float(read),
+            read_fraction=read,
             bound_max=float(relative.max()),
             bound_median=float(relative.median()),
             error=error,
             misses=misses,
         )
+
+    def bytes_read(self, reads: NDArray[np.unsignedinteger]) -> int:
+        """Bytes of a step whose `DecodeResult.reads` these are."""
+        exact = None
+        if self.spec.exact_rows:
+            attended = np.array(self.inputs.shape.tokens)
+            kept = attended.clip(max=self.policy.exact_first + self.policy.exact_last)
+            exact = exact_rows_read(self.spec, reads[..., 0, 0].astype(np.int64), attended, kept)
+        return int(bytes_read(self.spec, reads, exact=exact).sum())
 
     @property
     def _bound_is_proved(self) -> bool:
