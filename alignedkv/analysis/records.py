@@ -8,12 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
-
-from alignedkv.analysis.plan import Plan
-from alignedkv.analysis.scores import PositionScores
 
 #: Columns of the per-token table.  ``probability`` is the largest softmax weight of the row among
 #: the query heads that share it; ``read_probability`` is that of reading the value row: 0 where it
@@ -120,7 +115,7 @@ class PlaneRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextRecord:
-    """Mean bits of a stretch of the context; ``place`` as in `context_bins`."""
+    """Mean bits of a stretch of the context; ``place`` as in `recording.context_bins`."""
 
     layer: int
     kv_head: int
@@ -130,41 +125,3 @@ class ContextRecord:
     tokens: int
     bits_k: float
     bits_v: float
-
-
-def context_bins(tokens: int) -> NDArray[np.int64]:
-    """Stretches of a context that double in length away from both of its ends [T].
-
-    Returns
-    -------
-    int64 array [T]
-        1, 2, 3, 4, ... for the first token, the next one, the next two, the next four, ...;
-        -1, -2, -3, -4, ... for the last ones likewise.  Attention sinks sit at one end and recent
-        tokens at the other; both would vanish on a linear scale.
-    """
-    from_start = np.arange(tokens)
-    from_end = from_start[::-1]
-    nearest = np.minimum(from_start, from_end)
-    doublings = np.frexp(nearest.astype(np.float64))[1].astype(np.int64) + 1
-    return np.where(from_start < from_end, doublings, -doublings)
-
-
-def token_batch(scores: PositionScores, plan: Plan, tolerance: float) -> pa.RecordBatch:
-    """The per-token table of one position: a row for every visible token, see `TOKEN_SCHEMA`."""
-    case, tokens = scores.encoded.case, scores.tokens
-    columns = {
-        "tolerance": np.full(tokens, tolerance),
-        "layer": np.full(tokens, case.layer, np.int32),
-        "kv_head": np.full(tokens, case.kv_head, np.int32),
-        "position": np.full(tokens, scores.position),
-        "token": np.arange(scores.first, scores.end),
-        "probability": scores.probability.max(axis=0).astype(np.float32),
-        "key_scale": scores.keys.scale.astype(np.float32),
-        "value_scale": scores.values.scale.astype(np.float32),
-        "key_bits": plan.key_bits.astype(np.float32),
-        "value_bits": plan.value_bits.astype(np.float32),
-        "key_planes": plan.key_planes,
-        "value_planes": plan.value_planes,
-        "read_probability": plan.probability.astype(np.float32),
-    }
-    return pa.RecordBatch.from_pydict(columns, schema=TOKEN_SCHEMA)

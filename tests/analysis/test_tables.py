@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 from alignedkv.analysis.activations import AttentionCase
 from alignedkv.analysis.encoding import encode_case
 from alignedkv.analysis.plan import fixed_plan
-from alignedkv.analysis.records import (
-    TOKEN_SCHEMA,
-    OutputRecord,
-    SchemeRecord,
-    context_bins,
-    token_batch,
-)
+from alignedkv.analysis.recording import context_bins, token_batch
+from alignedkv.analysis.records import TOKEN_SCHEMA, OutputRecord, SchemeRecord
 from alignedkv.analysis.scores import score_position
 from alignedkv.analysis.tables import (
     TokenTable,
