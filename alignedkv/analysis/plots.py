@@ -1,4 +1,4 @@
-"""The figures of the report, each one function from findings to inline SVG."""
+"""The curves and bars of the report, each one function from findings to inline SVG."""
 
 from __future__ import annotations
 
@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from alignedkv.analysis.svg import HEAT_LEVELS, color, drawing, heat, series, to_svg
+from alignedkv.analysis.svg import WIDTH, color, drawing, series, to_svg
 from alignedkv.analysis.tables import (
     Findings,
     summarize_schemes,
@@ -22,10 +19,6 @@ from alignedkv.analysis.tables import (
 )
 from alignedkv.policy import BoundKind
 
-#: Inches; narrow enough to be read on a telephone.
-_WIDTH = 4.4
-#: Bits at which the heat maps' levels begin, and the end of the last.
-_HEAT_EDGES = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16)
 _OURS = color("series-0")
 _SUPERSCRIPTS = str.maketrans("-.0123456789", "⁻·⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -42,7 +35,7 @@ class _Mark(NamedTuple):
 
 def error_against_bytes(findings: Findings) -> str:
     """Median error over the share of 16-bit bytes that is read: all schemes, all tolerances."""
-    with drawing("error", _WIDTH, 3.9) as figure:
+    with drawing("error", WIDTH, 3.9) as figure:
         axes = figure.subplots()
         ours = summarize_tolerances(findings.outputs)
         marked = [
@@ -83,7 +76,7 @@ def error_against_bytes(findings: Findings) -> str:
 def cost_of_tolerance(findings: Findings) -> str:
     """Bytes of keys and of values at each tolerance, with the spread over the heads."""
     summaries = summarize_tolerances(findings.outputs)[::-1]
-    with drawing("cost", _WIDTH, 3.9) as figure:
+    with drawing("cost", WIDTH, 3.9) as figure:
         axes = figure.subplots()
         x = np.arange(len(summaries))
         keys = np.array([100 * s.bits_k / 32 for s in summaries])
@@ -119,7 +112,7 @@ def rows_per_plane(findings: Findings) -> str:
     places = sorted({(side, plane) for side, plane, _ in mean.index})
     tolerances = sorted(planes["tolerance"].unique())
     width = 0.8 / len(tolerances)
-    with drawing("planes", _WIDTH, 3.2) as figure:
+    with drawing("planes", WIDTH, 3.2) as figure:
         axes = figure.subplots()
         for i, tolerance in enumerate(tolerances):
             x = np.arange(len(places)) + (i - (len(tolerances) - 1) / 2) * width
@@ -152,7 +145,7 @@ def rows_per_plane(findings: Findings) -> str:
 def tightness(findings: Findings) -> str:
     """How far errors lie below the bounds of the same plan: distribution over the outputs."""
     outputs = findings.requested
-    with drawing("tightness", _WIDTH, 3.4) as figure:
+    with drawing("tightness", WIDTH, 3.4) as figure:
         axes = figure.subplots()
         for i, kind in enumerate(BoundKind):
             ratio = (outputs["error"] / outputs[str(kind)]).to_numpy(np.float64)
@@ -181,80 +174,6 @@ def tightness(findings: Findings) -> str:
         _log2_ticks(axes.xaxis)
         _legend_above(axes)
         return to_svg(figure, "Error as a share of each bound, distribution over the outputs")
-
-
-def bits_along_context(findings: Findings, side: str, tolerance: float) -> str:
-    """Heat map of mean bits per element along the context, one line per KV head.
-
-    Parameters
-    ----------
-    findings : Findings
-    side : str
-        "K" or "V".
-    tolerance : float
-        One of those asked for.
-    """
-    context = findings.context[findings.context["tolerance"] == tolerance]
-    column = {"K": "bits_k", "V": "bits_v"}[side]
-    table = context.pivot_table(index=["layer", "kv_head"], columns="place", values=column)
-    places = [p for p in table.columns if p > 0] + [p for p in table.columns if p < 0]
-    bits = table[places].to_numpy(np.float64)
-    lines = len(bits)
-    with drawing(f"context-{side}", _WIDTH, 1.2 + 0.17 * max(lines, 5)) as figure:
-        axes = figure.subplots()
-        mesh = axes.pcolormesh(
-            np.ma.masked_invalid(bits),
-            cmap=ListedColormap([heat(level) for level in range(HEAT_LEVELS)]),
-            norm=BoundaryNorm(_HEAT_EDGES, HEAT_LEVELS),
-            edgecolors=color("ground"),
-            linewidth=0.6,
-        )
-        axes.invert_yaxis()
-        axes.grid(visible=False)
-        axes.tick_params(length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        axes.set_yticks(*_head_labels(table.index))
-        _context_ticks(axes, places)
-        _heat_legend(figure, axes, mesh)
-        axes.set_xlabel("tokens from the first, and to the query")
-        axes.set_ylabel("layer · KV head")
-        return to_svg(
-            figure, f"Bits of {'keys' if side == 'K' else 'values'} along the context, per head"
-        )
-
-
-def _head_labels(index: pd.MultiIndex) -> tuple[list[float], list[str]]:
-    """Places and texts of the lines' labels: every one, or only the first head of every layer."""
-    every = len(index) <= 24
-    chosen = [
-        (i + 0.5, f"{layer} · {head}")
-        for i, (layer, head) in enumerate(index)
-        if every or index[i - 1][0] != layer or i == 0
-    ]
-    return [place for place, _ in chosen], [text for _, text in chosen]
-
-
-def _context_ticks(axes: Axes, places: Sequence[int]) -> None:
-    """First token of every other stretch, counted from the end that it belongs to."""
-    ticks, labels = [], []
-    middle = max(abs(place) for place in places)
-    for i, place in enumerate(places):
-        if abs(place) == 1 or (abs(place) % 3 == 1 and abs(place) < middle - 1):
-            ticks.append(i + 0.5)
-            # Stretch n holds the tokens at distances 2^(n-2) to 2^(n-1) - 1; the first, distance 0.
-            distance = 0 if abs(place) == 1 else 2 ** (abs(place) - 2)
-            labels.append(f"{'' if place > 0 else '−'}{distance}")
-    axes.set_xticks(ticks, labels)
-
-
-def _heat_legend(figure: Figure, axes: Axes, mesh: Any) -> None:
-    bar = figure.colorbar(
-        mesh, ax=axes, location="top", aspect=40, pad=0.02, ticks=_HEAT_EDGES, drawedges=False
-    )
-    bar.outline.set_visible(False)
-    bar.ax.tick_params(length=0)
-    bar.set_label("bits per element")
 
 
 def _label_marks(axes: Axes, marks: Sequence[_Mark]) -> None:

@@ -12,6 +12,7 @@ from string import Template
 
 import alignedkv
 from alignedkv.analysis import plots
+from alignedkv.analysis.context_map import bits_along_context
 from alignedkv.analysis.report_style import PAGE
 from alignedkv.analysis.svg import css_variables
 from alignedkv.analysis.tables import (
@@ -144,7 +145,7 @@ def _figures(findings: Findings, asked: Sequence[Summary]) -> Iterable[str]:
     for side, name in (("K", "keys"), ("V", "values")):
         yield _figure(
             f"Bits of {name} along the context",
-            plots.bits_along_context(findings, side, tightest),
+            bits_along_context(findings, side, tightest),
             f"Tolerance {_tolerance(tightest)}. Stretches double in length away from both ends, so "
             "that attention sinks (left) and recent tokens (right) can be seen.",
         )

@@ -16,6 +16,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+#: Of a figure, inches; narrow enough to be read on a telephone.
+WIDTH = 4.4
 #: Levels of the sequential scale of heat maps.
 HEAT_LEVELS = 9
 #: Categories that can be told apart.

@@ -10,6 +10,7 @@ import pytest
 
 from alignedkv.analysis import plots, svg
 from alignedkv.analysis.case_files import find_cases, sample_path
+from alignedkv.analysis.context_map import LEVEL_EDGES, bits_along_context
 from alignedkv.analysis.records import ContextRecord, OutputRecord, PlaneRecord, SchemeRecord
 from alignedkv.analysis.report import ReportFacts, build_report
 from alignedkv.analysis.schemes import default_schemes
@@ -116,7 +117,7 @@ def test_all_schemes_tolerances_and_figures_are_there(page, findings):
         plots.cost_of_tolerance,
         plots.rows_per_plane,
         plots.tightness,
-        lambda findings: plots.bits_along_context(findings, "V", 2.0**-5),
+        lambda findings: bits_along_context(findings, "V", 2.0**-5),
     ],
 )
 def test_a_figure_is_xml_with_a_name(draw, findings):
@@ -129,8 +130,8 @@ def test_a_figure_is_xml_with_a_name(draw, findings):
 def test_a_heat_map_shows_the_bits_of_each_stretch(findings):
     """Cells are drawn in the level of their bits: one for each head and stretch."""
     context = findings.context[findings.context["tolerance"] == 2.0**-7]
-    drawing = plots.bits_along_context(findings, "K", 2.0**-7)
-    levels = np.digitize(context["bits_k"], plots._HEAT_EDGES[1:-1])
+    drawing = bits_along_context(findings, "K", 2.0**-7)
+    levels = np.digitize(context["bits_k"], LEVEL_EDGES[1:-1])
     for level, count in zip(*np.unique(levels, return_counts=True), strict=True):
         # One more of each level stands in the legend.
         assert len(re.findall(rf"fill: var\(--heat-{level}\)", drawing)) >= count
