@@ -49,8 +49,13 @@ def default_config(spec: DecodeSpec, target: DeviceTarget) -> DecodeConfig:
     ]
     if not legal:
         check_legal(spec, first, target)
-    roomy = (c for c in legal if registers(c, target) >= _registers_without_spills(spec, target))
+    roomy = (config for config in legal if not spills(spec, config, target))
     return next(roomy, legal[-1])
+
+
+def spills(spec: DecodeSpec, config: DecodeConfig, target: DeviceTarget) -> bool:
+    """Whether a thread of decode.cu may need more registers than ``config`` leaves it."""
+    return registers(config, target) < _registers_without_spills(spec, target)
 
 
 def registers(config: DecodeConfig, target: DeviceTarget) -> int:
@@ -64,7 +69,7 @@ def _registers_without_spills(spec: DecodeSpec, target: DeviceTarget) -> int:
     if padded_heads(spec) > 4:
         return MAX_REGISTERS
     small_pages = spec.page_tokens is not None and spec.page_tokens < TILE
-    if spec.bound is not BoundKind.ESTIMATE or small_pages or spec.exact_rows:
+    if spec.bound is not BoundKind.ESTIMATE or small_pages:
         return 160 if spec.channels <= 128 else MAX_REGISTERS
     if spec.channels > 128:
         return 176

@@ -36,6 +36,7 @@ REPRESENTATIVE = (
     DecodeSpec(head_dim=64, group=3, bound=BoundKind.DETERMINISTIC, query_dtype="float32"),
     DecodeSpec(head_dim=80, group=1, layout=PlaneLayout.parse("4|4|8"), stored_planes=2),
     DecodeSpec(head_dim=96, group=8, row_dtype="float16", page_tokens=16, sinks=True),
+    DecodeSpec(head_dim=128, group=4, sample_values=True, exact_rows=True),
     DecodeSpec(head_dim=192, group=2, stored_planes=3, exact_rows=True, row_dtype="float32"),
     DecodeSpec(head_dim=256, group=16, softcap=True, page_tokens=256, dither_rows=256),
     DecodeSpec(head_dim=128, group=7, layout=PlaneLayout.parse("4|2|2|8"), sample_values=True),

@@ -22,7 +22,7 @@ from alignedkv.errors import TuningError
 from alignedkv.kernels.codegen import source_digest
 from alignedkv.kernels.compile import cache_directory
 from alignedkv.kernels.config import DecodeConfig
-from alignedkv.kernels.legality import default_config, restrictions
+from alignedkv.kernels.legality import default_config, restrictions, spills
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
 from alignedkv.kernels.tune.locks import exclusive
@@ -172,7 +172,9 @@ def find(
     is damaged, stale or no longer legal is logged and passed over: it costs nothing but itself.
     Files are read again when they change, so that a winner found elsewhere is used at once.
     Dtypes are no part of the decision: they change how a row comes in and an output goes out, once
-    a step, and not the loop over the tokens.
+    a step, and not the loop over the tokens.  Nor do rows kept exact, which come behind that loop:
+    where no winner has them as ``spec`` does, one that differs in this serves, unless ``spec``
+    needs more registers a thread than it leaves.
     """
     wanted = bucket(tokens), bucket(heads)
     source = source_digest() if source is None else source
@@ -181,7 +183,8 @@ def find(
 
 
 def _same_loop(one: DecodeSpec, other: DecodeSpec) -> bool:
-    return replace(one, query_dtype=other.query_dtype, row_dtype=other.row_dtype) == other
+    outside = ("query_dtype", "row_dtype", "exact_rows")
+    return replace(one, **{name: getattr(other, name) for name in outside}) == other
 
 
 @functools.lru_cache(maxsize=256)
@@ -194,7 +197,7 @@ def _find(
 ) -> Advice:
     stale = 0
     for path, _ in files:
-        fitting: list[tuple[int, Winner]] = []
+        fitting: list[tuple[bool, int, Winner]] = []
         for winner in _read_or_warn(path):
             if not _same_loop(winner.spec, spec):
                 continue
@@ -202,11 +205,17 @@ def _find(
                 _log.info("%s: a winner is passed over: %s", path, reason)
                 stale += 1
                 continue
+            borrowed = winner.spec.exact_rows != spec.exact_rows
+            if borrowed and spills(spec, winner.config, target):
+                continue
             distance = abs(winner.tokens_bucket - wanted[0]) + abs(winner.heads_bucket - wanted[1])
-            fitting.append((distance, winner))
+            fitting.append((borrowed, distance, winner))
         if fitting:
-            distance, winner = min(fitting, key=lambda pair: pair[0])
-            return Advice(config=winner.config, reason=f"{path.name}, {distance} buckets away")
+            borrowed, distance, winner = min(fitting, key=lambda found: found[:2])
+            reason = f"{path.name}, {distance} buckets away"
+            if borrowed:
+                reason += f", tuned {'with' if winner.spec.exact_rows else 'without'} exact rows"
+            return Advice(config=winner.config, reason=reason)
     reason = f"untuned; {stale} stale winners passed over" if stale else "untuned"
     return Advice(config=default_config(spec, target), reason=reason)
 

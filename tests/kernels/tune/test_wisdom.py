@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from alignedkv.errors import TuningError
 from alignedkv.kernels.codegen import source_digest
 from alignedkv.kernels.config import DecodeConfig
-from alignedkv.kernels.legality import default_config, restrictions
+from alignedkv.kernels.legality import default_config, restrictions, spills
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import SM80, SM90
 from alignedkv.kernels.tune import wisdom
@@ -77,6 +77,29 @@ def test_a_winner_serves_other_dtypes_of_rows_and_outputs() -> None:
     merge(wisdom_path(SM90), [winner()])
     other = replace(SPEC, query_dtype="float32", row_dtype="float16")
     assert find(other, SM90, tokens=32768, heads=8).config == OTHER
+
+
+def test_exact_rows_borrow_the_winner_of_the_spec_without_them() -> None:
+    exact = replace(SPEC, exact_rows=True)
+    own, other = SPACE[3], SPACE[7]
+    merge(wisdom_path(SM90), [winner(config=other)])
+    advice = find(exact, SM90, tokens=32768, heads=8)
+    assert advice.config == other
+    assert advice.reason.endswith("0 buckets away, tuned without exact rows")
+    merge(wisdom_path(SM90), [winner(spec=exact, config=own, tokens_bucket=20)])
+    assert find(exact, SM90, tokens=32768, heads=8).config == own
+    assert find(SPEC, SM90, tokens=32768, heads=8).config == other
+
+
+def test_a_borrowed_winner_must_leave_registers_enough() -> None:
+    narrow = replace(SPEC, head_dim=64)
+    exact = replace(narrow, exact_rows=True)
+    few = DecodeConfig(warps=6, blocks_per_sm=3)
+    assert not restrictions(exact, few, SM90)
+    assert spills(exact, few, SM90)
+    merge(wisdom_path(SM90), [winner(spec=narrow, config=few)])
+    assert find(narrow, SM90, tokens=32768, heads=8).config == few
+    assert find(exact, SM90, tokens=32768, heads=8).config == default_config(exact, SM90)
 
 
 def test_the_nearest_bucket_counts() -> None:
