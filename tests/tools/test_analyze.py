@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 import analyze as tool
 import analyze_options
 import analyze_output
+import analyze_values
 
 TOOL = Path(tool.__file__)
 TABLES = ("outputs.csv", "schemes.csv", "tokens.csv", "tokens.parquet")
@@ -434,4 +435,4 @@ def test_a_scheduler_that_is_not_there_is_one_line(capture, tmp_path, capsys, mo
     [("2^-7", 2**-7), ("2**-7", 2**-7), ("1/128", 2**-7), ("0.01", 0.01), ("2^-7.5", 2**-7.5)],
 )
 def test_tolerances_are_read_as_people_write_them(text, number):
-    assert analyze_options.parse_tolerance(text) == [number]
+    assert analyze_values.parse_tolerance(text) == [number]
