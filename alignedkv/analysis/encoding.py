@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from alignedkv.analysis import hot_loops
 from alignedkv.analysis.activations import AttentionCase
+from alignedkv.analysis.hot_loops.encode import encode_words, row_magnitudes, transform_rows
 from alignedkv.formats import BF16, bf16_bits_round_up, bf16_to_float32
 from alignedkv.planes import (
     DITHER_FRACTION_BITS,
@@ -214,7 +214,7 @@ def encode_case(
 def transformed_keys(transform: KeyTransform, keys: NDArray[np.float32]) -> NDArray[np.float32]:
     """`KeyTransform.keys`, bit for bit, without its temporaries [T, C]."""
     out = np.empty((len(keys), len(transform.signs)), np.float32)
-    hot_loops.transform_rows(
+    transform_rows(
         keys,
         transform.key_gain,
         transform.mean,
@@ -235,11 +235,11 @@ def _store(
     table = dither_table(policy.dither_rows, channels, seed=seed, layout=layout)
     classes = dither_class(np.arange(tokens), policy.dither_rows)
     largest = np.empty(tokens, np.float32)
-    hot_loops.row_magnitudes(rows, largest)
+    row_magnitudes(rows, largest)
     wanted = largest / np.float32(layout.half_range)
     scale_bits = bf16_bits_round_up(np.maximum(wanted, np.float32(SMALLEST_SCALE)))
     words = np.empty((tokens, channels), np.uint16)
-    hot_loops.encode_words(
+    encode_words(
         rows,
         bf16_to_float32(scale_bits),
         table.astype(np.float32) * np.float32(2.0**-DITHER_FRACTION_BITS),

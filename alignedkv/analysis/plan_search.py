@@ -16,10 +16,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from alignedkv.analysis import hot_loops
 from alignedkv.analysis.alignment import Alignment, align
 from alignedkv.analysis.bound_sums import growth, squared_growth
 from alignedkv.analysis.certificate import Certificate, certify
+from alignedkv.analysis.hot_loops.sums import threshold_tables
 from alignedkv.analysis.plan import (
     DecisionGroups,
     Decisions,
@@ -177,9 +177,7 @@ class KeyErrorTable:
         bins[:-1] = np.searchsorted(THETA_GRID, alignment.key_thresholds)
         centre = scores.output
         tables = [np.zeros((len(THETA_GRID) + 1, *centre.shape)) for _ in range(2)]
-        hot_loops.threshold_tables(
-            bins, steps[0], steps[1], centre, scores.value_rows, tables[0], tables[1]
-        )
+        threshold_tables(bins, steps[0], steps[1], centre, scores.value_rows, tables[0], tables[1])
         # In place, and without the last slot: planes that are read at every theta of the grid.
         linear_sums, square_sums = (np.cumsum(t, axis=0, out=t)[:-1] for t in tables)
         return cls(linear=linear_sums, square=square_sums)

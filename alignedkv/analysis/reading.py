@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from alignedkv.analysis import hot_loops
+from alignedkv.analysis.hot_loops.sums import (
+    EXACT,
+    SKIPPED,
+    ValueRows,
+    channel_deviations,
+    weighted_rows,
+)
 from alignedkv.analysis.plan import Plan
 from alignedkv.analysis.scores import (
     VALUE_ROUNDING,
@@ -76,7 +82,7 @@ class Reading:
         centre = np.ascontiguousarray(self.output - self.scores.encoded.value_mean)
         out_linear, out_square = np.zeros_like(centre), np.zeros_like(centre)
         rows = _rows_read(self.scores, self.plan, self.row_factor)
-        hot_loops.channel_deviations(linear, square, centre, slack, rows, out_linear, out_square)
+        channel_deviations(linear, square, centre, slack, rows, out_linear, out_square)
         return out_linear, out_square
 
 
@@ -102,7 +108,7 @@ def read(scores: PositionScores, plan: Plan, *, seed: int = 0) -> Reading:
     row_factor = drawn / np.where(drawn, plan.probability, 1.0)
     centred_output = np.zeros((len(score), scores.encoded.case.head_dim))
     rows = _rows_read(scores, plan, row_factor)
-    hot_loops.weighted_rows(probability * row_factor, rows, centred_output)
+    weighted_rows(probability * row_factor, rows, centred_output)
     rounding = np.where(scores.is_exact, 0.0, VALUE_ROUNDING * scores.values.unit)
     return Reading(
         scores=scores,
@@ -118,18 +124,16 @@ def read(scores: PositionScores, plan: Plan, *, seed: int = 0) -> Reading:
     )
 
 
-def _rows_read(
-    scores: PositionScores, plan: Plan, row_factor: NDArray[np.float64]
-) -> hot_loops.ValueRows:
+def _rows_read(scores: PositionScores, plan: Plan, row_factor: NDArray[np.float64]) -> ValueRows:
     values = scores.values
-    bits = np.append(hot_loops.SKIPPED, values.unread_bits())
-    unread = np.where(row_factor > 0, bits[plan.value_planes], hot_loops.SKIPPED)
-    return hot_loops.ValueRows(
+    bits = np.append(SKIPPED, values.unread_bits())
+    unread = np.where(row_factor > 0, bits[plan.value_planes], SKIPPED)
+    return ValueRows(
         words=values.words,
         unit=values.unit,
         table=values.dither,
         classes=values.classes,
-        unread=np.where(scores.is_exact, hot_loops.EXACT, unread),
+        unread=np.where(scores.is_exact, EXACT, unread),
         exact=scores.value_rows,
         mean=scores.encoded.value_mean.astype(np.float64),
     )

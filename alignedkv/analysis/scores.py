@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from alignedkv.analysis import hot_loops
 from alignedkv.analysis.encoding import EncodedCase, StoredRows
+from alignedkv.analysis.hot_loops.sums import prefix_products, weighted_exact_rows
 from alignedkv.planes import DITHER_FRACTION_BITS
 
 #: Rounding in the encoder, per unit f and stage of the butterfly: (3.1) of theory.md.
@@ -101,7 +101,7 @@ class PositionScores:
     def output(self) -> NDArray[np.float64]:
         """Exact attention output o [G, D]; a sink has the value 0."""
         total = np.zeros((len(self.exact), self.encoded.case.head_dim))
-        hot_loops.weighted_exact_rows(self.probability, self.value_rows, total)
+        weighted_exact_rows(self.probability, self.value_rows, total)
         return total
 
     @cached_property
@@ -180,7 +180,7 @@ def score_position(encoded: EncodedCase, index: int) -> PositionScores:
 
     exact = query @ case.key[first:end].T.astype(np.float64)
     products = np.empty((stored.stored, case.group, end - first))
-    hot_loops.prefix_products(
+    prefix_products(
         stored.words,
         stored.unit,
         rotated,

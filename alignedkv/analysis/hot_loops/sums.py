@@ -1,127 +1,22 @@
-"""The loops over T tokens times D channels: the one module of the analysis that knows Numba.
-
-Every function releases the GIL and runs on one core; parallelism is over heads, outside.
-"""
+"""Sums over channels and over tokens of rows as their read planes tell them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from alignedkv.analysis.hot_loops.compiled import compiled, compiled_sums
 from alignedkv.planes import WORD_BITS
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 #: "Unread bits" of a value row that is skipped, and of one that is used in its exact form.
 SKIPPED = WORD_BITS
 EXACT = -1
 _HALF_WORDS = 2 ** (WORD_BITS - 1)
-_LARGEST_WORD = 2**WORD_BITS - 1
 
 
-def _compiled(function: _Function) -> _Function:
-    """Exact IEEE arithmetic: what is written is what is computed, bit for bit."""
-    return cast(_Function, numba.njit(nogil=True, cache=True, error_model="numpy")(function))
-
-
-def _compiled_sums(function: _Function) -> _Function:
-    """Sums may be reordered, which is what lets them use vector instructions."""
-    reordering = {"reassoc", "contract", "nsz"}
-    compiler = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=reordering)
-    return cast(_Function, compiler(function))
-
-
-@_compiled
-def transform_rows(
-    rows: NDArray[np.float32],
-    gain: NDArray[np.float32],
-    mean: NDArray[np.float32],
-    page: int,
-    signs: NDArray[np.float32],
-    block: int,
-    out: NDArray[np.float32],
-) -> None:
-    """`KeyTransform.keys`, one row at a time.
-
-    Parameters
-    ----------
-    rows : float32 array [T, D]
-    gain : float32 array [D]
-    mean : float32 array [pages, D]
-    page : int
-        Tokens of a page.
-    signs : float32 array [C]
-    block : int
-    out : float32 array [T, C]
-        Receives the result.
-    """
-    tokens, head_dim = rows.shape
-    channels = out.shape[1]
-    for t in range(tokens):
-        centre = mean[t // page]
-        row = out[t]
-        for i in range(head_dim):
-            row[i] = (rows[t, i] * gain[i] - centre[i] * gain[i]) * signs[i]
-        for i in range(head_dim, channels):
-            row[i] = 0
-        distance = 1
-        while distance < block:
-            for start in range(0, channels, 2 * distance):
-                for i in range(start, start + distance):
-                    low, high = row[i], row[i + distance]
-                    row[i], row[i + distance] = low + high, low - high
-            distance *= 2
-
-
-@_compiled_sums
-def row_magnitudes(rows: NDArray[np.float32], out: NDArray[np.float32]) -> None:
-    """Largest |x| of every row [T]."""
-    for t in range(len(rows)):
-        largest = np.float32(0)
-        for i in range(rows.shape[1]):
-            largest = max(largest, abs(rows[t, i]))
-        out[t] = largest
-
-
-@_compiled
-def encode_words(
-    rows: NDArray[np.float32],
-    scale: NDArray[np.float32],
-    table: NDArray[np.float32],
-    classes: NDArray[np.int64],
-    scale_shift: int,
-    words: NDArray[np.uint16],
-) -> None:
-    """Words of (2.1), `planes.encode_rows` after its scale; channels that rows lack are zeros.
-
-    Parameters
-    ----------
-    rows : float32 array [T, D]
-    scale : float32 array [T]
-        g.
-    table : float32 array [P, C]
-        Dither rows in units of a word's last bit.
-    classes : int64 array [T]
-    scale_shift : int
-        log2(g / f).
-    words : uint16 array [T, C]
-        Receives the result.
-    """
-    tokens, head_dim = rows.shape
-    factor = np.float32(2.0**scale_shift)
-    for t in range(tokens):
-        g = scale[t]
-        dither = table[classes[t]]
-        for i in range(words.shape[1]):
-            steps = (rows[t, i] / g) * factor if i < head_dim else np.float32(0)
-            word = np.int64(np.floor(steps + dither[i])) + _HALF_WORDS
-            words[t, i] = min(max(word, 0), _LARGEST_WORD)
-
-
-@_compiled_sums
+@compiled_sums
 def prefix_products(
     words: NDArray[np.uint16],
     unit: NDArray[np.float64],
@@ -202,7 +97,7 @@ class ValueRows(NamedTuple):
     mean: NDArray[np.float64]
 
 
-@_compiled
+@compiled
 def _read_row(rows: ValueRows, t: int, row: NDArray[np.float64]) -> None:
     """Row t as its read planes tell it; zeros if it is skipped."""
     unread = rows.unread[t]
@@ -218,7 +113,7 @@ def _read_row(rows: ValueRows, t: int, row: NDArray[np.float64]) -> None:
             row[i] = unit * (cell * step - _HALF_WORDS - dither[i])
 
 
-@_compiled_sums
+@compiled_sums
 def weighted_rows(
     weights: NDArray[np.float64],
     rows: ValueRows,
@@ -246,7 +141,7 @@ def weighted_rows(
                 out[g, i] += weight * row[i]
 
 
-@_compiled_sums
+@compiled_sums
 def weighted_exact_rows(
     weights: NDArray[np.float64], rows: NDArray[np.float32], out: NDArray[np.float64]
 ) -> None:
@@ -259,7 +154,7 @@ def weighted_exact_rows(
                 out[g, i] += weight * rows[t, i]
 
 
-@_compiled_sums
+@compiled_sums
 def channel_deviations(
     linear: NDArray[np.float64],
     square: NDArray[np.float64],
@@ -294,7 +189,7 @@ def channel_deviations(
                 out_square[g, i] += second * distance * distance
 
 
-@_compiled_sums
+@compiled_sums
 def threshold_tables(
     bins: NDArray[np.int64],
     linear: NDArray[np.float64],

@@ -1,0 +1,1 @@
+"""The loops over T tokens times D channels: what the analysis compiles with Numba."""
