@@ -1,27 +1,24 @@
 """What the arithmetic of an implementation adds to its bounds: the constants of theory.md 7.
 
-The reference works in float64 and adds nothing.  Score errors e^a_t are multiples of lambda g_t,
-the softmax scale times the row scale of the key; so are all bounds of theory.md 3, and none needs
-more than the scale.
+The reference works in float64 and adds nothing; the CUDA C++ kernels have their constants in
+``prepare.cu`` and ``bounds.cuh``.  Score errors e^a_t are multiples of lambda g_t, the softmax
+scale times the row scale of the key; so are all bounds of theory.md 3, and none needs more than the
+scale.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from alignedkv.formats import FP16, FP32
+from alignedkv.formats import FP32
 
 #: |x^_i| + |f U_i| over g: a prefix is within 8 g, a dither entry within g / 2 (Theorem 12).
 REACH = 8.5
-#: Measured over all -126 < x <= -2^-30 (theory.md 7): relative error of ex2.approx.ftz.f32.
-EX2_ERROR = 2.0**-22.7
-#: Bits below float32's last that a Hopper MMA keeps when it aligns its addends (theory.md 8, S7).
-MMA_EXTRA_BITS = 2
 
 
-def gamma(n: float, u: float = FP32.unit_roundoff) -> float:
-    """Higham's constant gamma_n = n u / (1 - n u)."""
+def gamma(n: float) -> float:
+    """Higham's constant gamma_n = n u / (1 - n u) of float32."""
+    u = FP32.unit_roundoff
     return n * u / (1.0 - n * u)
 
 
@@ -31,29 +28,20 @@ class Arithmetic:
 
     Attributes
     ----------
-    score_norm1, score_norm2 : float
-        e^a_t = lambda g_t (score_norm1 ||q'||_1 + score_norm2 ||q'||_2), (7.1); the part that
-        ``Delta q'`` adds is 8.5 lambda g_t ||Delta q'||_1, known at run time only.
+    score_norm1 : float
+        e^a_t = lambda g_t score_norm1 ||q'||_1, (7.1).
     refined_norm1 : float
         In place of score_norm1 once a second key plane was read.
     weight : float
-        e^w_t, (7.2), at score differences of up to 87 (below that a float32 weight is 0).
-    weight_rounding : float
-        u of the type to which weights are rounded: u^2 / 3 joins omega^2 of (5.7).
+        e^w_t, (7.2).
     accumulation : float
         c_acc: the sums add up to c_acc sum p^ 8.5 g^V_t to an output.
     """
 
     score_norm1: float
-    score_norm2: float
     refined_norm1: float
     weight: float
-    weight_rounding: float
     accumulation: float
-
-
-#: Weights further below the largest than this are 0 in float32.
-_RANGE = 87.0
 
 
 def cpu(channels: int, *, tile: int) -> Arithmetic:
@@ -70,10 +58,8 @@ def cpu(channels: int, *, tile: int) -> Arithmetic:
     u = FP32.unit_roundoff
     return Arithmetic(
         score_norm1=REACH * gamma(channels + 1),
-        score_norm2=0.0,
         refined_norm1=REACH * u * (1.0 + 2.0**-20),
         weight=2.0**-36,
-        weight_rounding=0.0,
         accumulation=gamma(tile + 2),
     )
 
@@ -91,32 +77,7 @@ def numba_cuda(*, tile: int) -> Arithmetic:
     """
     return Arithmetic(
         score_norm1=REACH * gamma(10),
-        score_norm2=0.0,
         refined_norm1=REACH * gamma(10),
         weight=2.0**-36,
-        weight_rounding=0.0,
         accumulation=gamma(tile + 2),
-    )
-
-
-def cuda(channels: int, block: int, *, accumulations: int) -> Arithmetic:
-    """The CUDA kernels: int8 digit products, fp16 or 15-bit weights, float32 elsewhere.
-
-    Parameters
-    ----------
-    channels, block : int
-        C and the channels of a Hadamard block.
-    accumulations : int
-        MMA instructions with k = 16 that share one float32 accumulator, or tiles per split where
-        the sum over a tile is an exact int32 (then every one is a rounding, which is less).
-    """
-    u, u16 = FP32.unit_roundoff, FP16.unit_roundoff
-    per_mma = (17 / 2**MMA_EXTRA_BITS + 1) * 2.0**-23
-    return Arithmetic(
-        score_norm1=REACH * gamma(8),
-        score_norm2=REACH * gamma(math.log2(block)) * math.sqrt(channels),
-        refined_norm1=REACH * gamma(8),
-        weight=2.0**-22 + u * (4 + 3 * _RANGE) + u16 / (1 - u16),
-        weight_rounding=u16,
-        accumulation=accumulations * per_mma,
     )
