@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -193,37 +192,6 @@ def round_to(number_format: FloatFormat, x: ArrayLike) -> NDArray[np.float64]:
     limit = number_format.max
     beyond = np.copysign(np.inf if number_format.has_infinity else limit, rounded)
     return np.where(np.abs(rounded) > limit, beyond, rounded)
-
-
-def round_scalar(number_format: FloatFormat, x: float | Fraction) -> float:
-    """Round one number to the format in exact rational arithmetic: slow and obviously right.
-
-    Parameters
-    ----------
-    number_format : FloatFormat
-    x : float or Fraction
-        A Fraction is any rational number, rounded once.
-
-    Returns
-    -------
-    float
-        What `round_to` returns for the same number, bit for bit.
-    """
-    if isinstance(x, float) and not math.isfinite(x):
-        saturates = math.isinf(x) and not number_format.has_infinity
-        return math.copysign(number_format.max, x) if saturates else x
-    sign = math.copysign(1.0, x)
-    magnitude = abs(Fraction(x))
-
-    quantum = Fraction(number_format.smallest_subnormal)
-    while magnitude >= quantum * 2**number_format.precision:
-        quantum *= 2
-    nearest = round(magnitude / quantum) * quantum  # round() of a Fraction: ties to even
-
-    if nearest > Fraction(number_format.max):
-        beyond = math.inf if number_format.has_infinity else number_format.max
-        return sign * beyond
-    return sign * float(nearest)
 
 
 def bf16_to_float32(bits: ArrayLike) -> NDArray[np.float32]:

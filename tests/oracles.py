@@ -1,7 +1,7 @@
 """Slow and obviously right: scalar twins of the storage format, and exact attention.
 
-Nothing here is shared with the package but rounding to a float format, which `test_formats` holds
-to rational arithmetic.
+Nothing here is shared with the package but the facts of float formats, which `test_formats` holds
+to ml_dtypes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from alignedkv.formats import BF16, FP32, round_scalar
+from alignedkv.formats import BF16, FP32
+from rational import round_scalar
 
 WORD_BITS = 16
 HALF = 2 ** (WORD_BITS - 1)

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from alignedkv.formats import FloatFormat, round_scalar
+from alignedkv.formats import FloatFormat
 
 #: u = 2^-5: with so few bits every rounding matters. No sum in the tests overflows.
 TOY = FloatFormat(name="toy", bits=11, precision=5)
@@ -20,6 +20,37 @@ def exact_sum(x: Sequence[float]) -> Fraction:
 
 def exact_dot(x: Sequence[float], y: Sequence[float]) -> Fraction:
     return sum((Fraction(a) * Fraction(b) for a, b in zip(x, y, strict=True)), Fraction(0))
+
+
+def round_scalar(number_format: FloatFormat, x: float | Fraction) -> float:
+    """Round one number to the format in exact rational arithmetic: slow and obviously right.
+
+    Parameters
+    ----------
+    number_format : FloatFormat
+    x : float or Fraction
+        A Fraction is any rational number, rounded once.
+
+    Returns
+    -------
+    float
+        What `round_to` returns for the same number, bit for bit.
+    """
+    if isinstance(x, float) and not math.isfinite(x):
+        saturates = math.isinf(x) and not number_format.has_infinity
+        return math.copysign(number_format.max, x) if saturates else x
+    sign = math.copysign(1.0, x)
+    magnitude = abs(Fraction(x))
+
+    quantum = Fraction(number_format.smallest_subnormal)
+    while magnitude >= quantum * 2**number_format.precision:
+        quantum *= 2
+    nearest = round(magnitude / quantum) * quantum  # round() of a Fraction: ties to even
+
+    if nearest > Fraction(number_format.max):
+        beyond = math.inf if number_format.has_infinity else number_format.max
+        return sign * beyond
+    return sign * float(nearest)
 
 
 def rounded(number_format: FloatFormat, x: Fraction) -> Fraction:

@@ -16,7 +16,7 @@ from hypothesis.extra.numpy import arrays
 import rational
 from alignedkv.analysis import bounds
 from alignedkv.errors import SpecError
-from alignedkv.formats import BF16, FP16, FP32, FloatFormat, round_scalar, round_to
+from alignedkv.formats import BF16, FP16, FP32, FloatFormat, round_to
 
 #: Half of fp32's precision, and its exponents: no weight or probability in these tests underflows.
 COARSE = FloatFormat(name="coarse", bits=20, precision=12)
@@ -42,12 +42,12 @@ def assert_between(error, bound, share):
 def coarse_softmax(scores, add):
     """Probabilities and log-sum-exp, every operation rounded; the last item is the log's error."""
     largest = max(scores)
-    differences = [round_scalar(COARSE, Fraction(s) - Fraction(largest)) for s in scores]
-    weights = [round_scalar(COARSE, math.exp(d)) for d in differences]
+    differences = [rational.round_scalar(COARSE, Fraction(s) - Fraction(largest)) for s in scores]
+    weights = [rational.round_scalar(COARSE, math.exp(d)) for d in differences]
     total = add(COARSE, weights)
-    probabilities = [round_scalar(COARSE, Fraction(w) / total) for w in weights]
-    logarithm = round_scalar(COARSE, math.log(total))
-    computed = round_scalar(COARSE, Fraction(largest) + Fraction(logarithm))
+    probabilities = [rational.round_scalar(COARSE, Fraction(w) / total) for w in weights]
+    logarithm = rational.round_scalar(COARSE, math.log(total))
+    computed = rational.round_scalar(COARSE, Fraction(largest) + Fraction(logarithm))
     return np.array(probabilities), computed, U * abs(math.log(total))
 
 

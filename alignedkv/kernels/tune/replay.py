@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from alignedkv.errors import TuningError
@@ -72,14 +70,4 @@ def replay(
         slowdown=best.median_us / ranked[0].median_us,
         evaluations=len(tried),
         space=len(recorded),
-    )
-
-
-def median_slowdown(
-    sweep: Sweep, *, strategy: str, trials: int, seeds: Sequence[int], ahead: int = 0
-) -> float:
-    """Median over seeds of the time found over the fastest recorded."""
-    return statistics.median(
-        replay(sweep, strategy=strategy, trials=trials, seed=seed, ahead=ahead).slowdown
-        for seed in seeds
     )
