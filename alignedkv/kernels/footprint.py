@@ -16,7 +16,7 @@ from alignedkv.policy import BoundKind
 #: Rows of a warp's tile that a rare plane is fetched for at a time.
 RARE_ROWS: Final = 16
 #: ``kNumbers`` of query.cuh and ``kConstants`` of block.cuh.
-_NUMBERS, _CONSTANTS = 9, 10
+_NUMBERS, _CONSTANTS = 9, 9
 #: Sums of a head besides those of its bound: weights, digit middles.
 _OTHER_SUMS = 2
 #: ``kCount`` of bounds.cuh's and settled_sums.cuh's sums, by bound and by whether rows are sampled.
@@ -51,8 +51,8 @@ def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     """``sizeof(DecodeShared)``, the dynamic shared memory of a block of decode.cu."""
     heads = padded_heads(spec)
     classes = _own_classes(spec, config)
-    per_warp = heads * 4 * (classes + 2 + _sums(spec)) + 8 * TILE + 4 * _extremes(spec)
-    fixed = query_bytes(spec) + heads * 4 * (_CONSTANTS + 1) + 8 * spec.stored_planes + 32
+    per_warp = heads * 4 * (classes + 2 + _sums(spec)) + 4 * _extremes(spec)
+    fixed = query_bytes(spec) + heads * 4 * (_CONSTANTS + 1) + 8 * spec.stored_planes + 44
     tiles = config.warps * (_tile_bytes(spec, config) + _settled_bytes(spec, config))
     outputs = config.warps * 4 * (spec.channels + 1) * 4
     merge = (
@@ -86,18 +86,19 @@ def _tile_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     row = [row_bytes(spec.channels, width) for width in spec.layout.widths[: spec.stored_planes]]
     heads = padded_heads(spec)
     alignment = _tile_alignment(spec)
-    values = _aligned(TILE * (row[0] + row[1] + 4 * heads + 4 + 1), alignment)
+    values = _aligned(TILE * (row[0] + row[1] + 4 * heads + 4 + 4), alignment)
     rare = RARE_ROWS * max(row[2:]) if row[2:] else 16
-    finer = _aligned(TILE * (row[1] + 1) + rare, 16)
+    finer = _aligned(TILE * row[1] + rare + RARE_ROWS, alignment)
     scores, weights = TILE * heads * 4, 2 * heads * ((TILE + 16) * 2 + 4)
-    stages, rows = config.key_stages * TILE * (row[0] + 4), 2 * TILE * 8
-    return _aligned(values + finer + scores + weights + stages + rows, alignment)
+    stages = config.key_stages * TILE * (row[0] + 4)
+    return _aligned(values + finer + scores + weights + stages, alignment)
 
 
 def _tile_alignment(spec: DecodeSpec) -> int:
     """``kTileAlignment`` of products.cuh."""
-    row = row_bytes(spec.channels, spec.layout.widths[0])
-    return row if row & (row - 1) == 0 else 16
+    widths = spec.layout.widths[: spec.stored_planes]
+    rows = [min(row_bytes(spec.channels, width), 128) for width in widths]
+    return max(16, *(row for row in rows if row in (32, 64, 128)))
 
 
 def _is_settled(spec: DecodeSpec) -> bool:

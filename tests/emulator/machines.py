@@ -29,6 +29,8 @@ HEADER = Path(__file__).parent / "warps.h"
 FLAGS = ("-O1", "-std=c++20", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 #: What stands for an assembly statement of the kernels, by its text; ``{n}`` is operand n.
 INSTRUCTIONS = {
+    "": "",
+    "mov.u32 %0, %%tid.x;": "{0} = threadIdx.x",
     "cvt.f32.f16 %0, %1;": "{0} = half_to_float({1})",
     "cvt.rn.f16.f32 %0, %1;": "{0} = float_to_half({1})",
     "cvt.rn.bf16.f32 %0, %1;": "{0} = float_to_bfloat16({1})",

@@ -234,6 +234,7 @@ T atomicMin(T* at, std::type_identity_t<T> x) {
 inline long __cvta_generic_to_shared(const void* at) {
   return static_cast<const unsigned char*>(at) - dynamic;
 }
+inline void* __cvta_shared_to_generic(unsigned long at) { return dynamic + at; }
 inline void copy(unsigned to, const void* from, long offset, unsigned given, unsigned size) {
   unsigned char* target = dynamic + static_cast<int>(to);
   std::memset(target, 0, size);

@@ -2,12 +2,11 @@
 
 #include "arguments.cuh"
 #include "bounds.cuh"
+#include "plan.cuh"
 #include "query.cuh"
 #include "tiles.cuh"
 
 constexpr int kThreads = 32 * kWarps;
-// A score so low that its weight is 0 whatever it is added to.
-constexpr float kNever = -1e30f;
 
 // Numbers of a head that a step's hints fix; logarithms are to base 2.
 enum Constant {
@@ -16,7 +15,6 @@ enum Constant {
   kMargin,       // of the score of a planned weight, per key scale: margin sigma(1) / g
   kReachSize,    // error of an addend in units of theta: key scale (this value scale + next)
   kReachSpread,
-  kWanted,       // a value row is wanted where weight + this + log2 g > 0
   kValueGain,    // error of a value addend in units of theta, per weight and value scale
   kError,        // estimate: (sigma(1) / g)^2      deterministic: e(1) / g
   kErrorMore,    // estimate: hint of the spread    deterministic: (b + e^a) / g
@@ -61,6 +59,9 @@ struct alignas(16) Partial {
 static_assert(sizeof(Partial) == 4 * kPartialFloats);
 static_assert(sizeof(Query) == kQueryBytes);
 
+// Keys with a third plane or more are few: so many at a time.
+constexpr int kRareRows = 16;
+
 constexpr int rare_bytes() {
   int most = 0;
   for (int plane = 2; plane < kStoredPlanes; ++plane) {
@@ -69,12 +70,12 @@ constexpr int rare_bytes() {
   return kRareRows * most;
 }
 
-// Finer key planes of an open tile: the second plane's rows in their places, the first of the rows
-// with a third one side by side, and which rows these are.
-struct alignas(16) FinerKeys {
+// Finer key planes of an open tile: the rows of those that have them, side by side, and where the rare
+// ones lie among those of the second plane.
+struct alignas(kTileAlignment) FinerKeys {
   u8 second[kTile * kPlaneRowBytes[1]];
   u8 rare[rare_bytes() > 0 ? rare_bytes() : 16];
-  u8 order[kTile];
+  u8 order[kRareRows];
 };
 
 // Tokens of any tiles whose value rows are wanted, until there are enough for a tile.  Rows without a
@@ -84,7 +85,7 @@ struct alignas(kTileAlignment) ValueQueue {
   u8 second[kTile * kPlaneRowBytes[1]];
   float weight[kTile][kHeads];  // times the value scale, over the chance
   i32 token[kTile];
-  u8 planes[kTile];
+  Plan plan[kTile];
 };
 
 struct WarpTiles {
@@ -95,18 +96,11 @@ struct WarpTiles {
   u16 weights[2][kHeads][kTile + 16];  // by weight_slot; what their rounding lost
   float weight_units[2][kHeads];
   u32 scales[kKeyStages][kTile];
-  u64 rows[2][kTile];  // lists of rows to copy (copy_listed)
 };
 
 // The rows of two lanes that share a bank are a channel apart.
 struct Outputs {
   float of[kWarps][4][kChannels + 1];
-};
-
-// Rows read by a lane's tokens, a byte a plane: of keys from the second plane on and, in the highest
-// byte, tiles; of values.
-struct Reads {
-  u32 keys, values;
 };
 
 // What warps work in; with a statistical bound's sums, which lie behind the tiles.
@@ -130,7 +124,6 @@ struct DecodeShared {
   Query query;
   float constants[kConstants][kHeads];
   float classes[kWarps][kOwnClasses][kHeads];
-  Reads lane_reads[kWarps][32];
   float reference[kWarps][kHeads];
   float factor[kWarps][kHeads];
   float sums[kWarps][kSumCount][kHeads];
@@ -138,9 +131,10 @@ struct DecodeShared {
   float extremes[kWarps][kExtremes];
   float largest_square;  // most of (sigma(1) / g)^2
   float sampling_share;  // theta_s / theta
-  u32 work;              // of the block's warps
+  float skip_gain;       // what a skipped row errs more than one read at a plane, log2
   u32 reads[2 * kStoredPlanes];
   Range range;
+  Share share;
   int trusted;
   int is_last;
   union {

@@ -6,6 +6,17 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
   return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
+// x, kept in a register: left alone, the compiler makes some numbers anew wherever they are used.
+__device__ __forceinline__ u32 held(u32 x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
+// Shared memory whose address stays in a register.
+__device__ __forceinline__ void* held_address(void* shared) {
+  return __cvta_shared_to_generic(held(shared_address(shared)));
+}
+
 // 16 bytes bypass L1; 4 and 8 cannot.  Offsets are immediates of the instruction.
 template <int kBytes, int kTo = 0, int kFrom = 0>
 __device__ __forceinline__ void copy_async(u32 to, const void* from) {

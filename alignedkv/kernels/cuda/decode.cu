@@ -19,6 +19,7 @@
 #include "settle.cuh"
 #include "values.cuh"
 #include "leave.cuh"
+#include "finish.cuh"
 
 // ---- the kernel -----------------------------------------------------------------------------------
 
@@ -45,9 +46,10 @@ __device__ __forceinline__ void set_constants(
   to[kMargin][g] = margin * kLog2e * deviation;
   to[kReachSize][g] = kHalfRange * error;
   to[kReachSpread][g] = spread * error;
-  to[kValueGain][g] = log2_fast((kCertain ? 0.5f : 0.288675135f) / theta);
+  constexpr float kOfPlane = kCertain ? 0.5f : 0.288675135f;
+  to[kValueGain][g] = log2_fast(kOfPlane / theta);
   const float share = a.step.skip_share * (kSampleValues ? kSamplingFactor : 1.0f);
-  to[kWanted][g] = share > 0 ? log2_fast(kHalfRange / (share * theta)) : infinity;
+  shared.skip_gain = share > 0 ? log2_fast(kHalfRange / (share * kOfPlane)) : infinity;
   to[kError][g] = kCertain ? worst : deviation * deviation;
   to[kCoarse][g] = theta * (2.0f * kLargestWeight / kLargestPrefix);
   to[kErrorMore][g] = kCertain ? query.numbers[kShift][g] : spread;
@@ -57,30 +59,34 @@ __device__ __forceinline__ void set_constants(
   shared.sampling_share = share;
 }
 
-// A head's queries and what its hints make of them.
-__device__ __forceinline__ void load_query(const DecodeArguments& a, DecodeShared& shared, i64 of_head) {
+// A head's queries, what its hints make of them, and the tokens they attend to.
+__device__ __forceinline__ void load_query(
+    const DecodeArguments& a, DecodeShared& shared, i64 of_head, int start) {
   const Query& query = reinterpret_cast<const Query*>(a.workspace.queries)[of_head];
   const u8* from = reinterpret_cast<const u8*>(&query);
   for (int i = threadIdx.x; i < static_cast<int>(sizeof(Query)) / 16; i += kThreads) {
     copy_async<16>(shared_address(&shared.query) + 16 * i, from + 16 * i);
   }
   commit_copies();  // a wait is for committed copies only
+  if (threadIdx.x == 32) shared.range = Range::of(start, query.length, a.step.window);
+  if (threadIdx.x >= 32) return;
+  if (threadIdx.x == 0) shared.trusted = true, shared.largest_square = 0;
+  __syncwarp();
   if (threadIdx.x < kGroup) set_constants(a, shared, query, of_head, threadIdx.x);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
     const __grid_constant__ DecodeArguments a) {
   extern __shared__ __align__(128) u8 memory[];
-  DecodeShared& shared = *reinterpret_cast<DecodeShared*>(memory);
-  const int warp = threadIdx.x / 32, lane = lane_of_thread();
+  DecodeShared& shared = *reinterpret_cast<DecodeShared*>(held_address(memory));
+  const int warp = uniform(threadIdx.x / 32), lane = lane_of_thread();
   const int block = blockIdx.y * gridDim.x + blockIdx.x, heads = gridDim.y;
   const bool again = a.pass > 0;
   const u32* missed = again ? a.workspace.retry + (a.pass - 1) % 2 * heads : nullptr;
-  u32* missed_now = a.workspace.retry + a.pass % 2 * heads;
   if (again) {
     await_previous_kernel();
     // A head that is not read again does not miss again.
-    if (block < heads && !missed[block] && threadIdx.x == 0) missed_now[block] = 0;
+    if (block < heads && !missed[block] && threadIdx.x == 0) missed_now(a, heads)[block] = 0;
   }
   // The work of the step before is known: prepare.cu, which has started, began when that had ended.
   const Share share =
@@ -88,16 +94,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
       : kShareByWork ? Share::by_work(a.workspace.work, heads, gridDim.x, block)
                      : Share{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x),
                              static_cast<int>(gridDim.x)};
-  if (share.splits == 0) return;
-  const int split = share.split, splits = share.splits, of_head = share.head;
+  const int of_head = uniform(share.head), split = uniform(share.split);
+  const int splits = uniform(share.splits);
+  if (splits == 0) return;
   Worker worker(a, shared, of_head, warp);
 
   // The first tiles whose rows are older than this step need not wait for prepare.cu.
   bool fetched[kKeyStages] = {};
+  const int start = a.cache.starts[worker.sequence];
   if (!again && a.step.window == 0 && kStridedTiles) {
     // prepare.cu may or may not have counted the new token: rows before both are safe.
     const int length = min(a.cache.lengths[worker.sequence], a.cache.capacity);
-    const Range range = Range::of(a.cache.starts[worker.sequence], length, 0);
+    const Range range = Range::of(start, length, 0);
     const Course course = Course::of(range, split, splits, warp);
 #pragma unroll
     for (int stage = 0; stage < kKeyStages; ++stage) {
@@ -111,18 +119,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   float4* classes = reinterpret_cast<float4*>(shared.classes[warp]);
   for (int i = lane; i < kOwnClasses * kHeadBlocks; i += 32) classes[i] = make_float4(0, 0, 0, 0);
   if (lane < kHeads) shared.reference[warp][lane] = kNever;
-  shared.lane_reads[warp][lane] = {0, 0};
   if (threadIdx.x < 2 * kStoredPlanes) shared.reads[threadIdx.x] = 0;
-  if (threadIdx.x == 0) shared.trusted = true, shared.largest_square = 0, shared.work = 0;
-  for (int i = threadIdx.x; i < kConstants * kHeads; i += kThreads) (&shared.constants[0][0])[i] = 0;
-  __syncthreads();
-  if (!again) await_previous_kernel();
-  load_query(a, shared, of_head);
-  await_copies<0>();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    shared.range = Range::of(a.cache.starts[worker.sequence], shared.query.length, a.step.window);
+  if (threadIdx.x == 0) shared.share = {of_head, split, splits};
+  // Of heads that do not exist.
+  for (int i = threadIdx.x; i < kConstants * (kHeads - kGroup); i += kThreads) {
+    shared.constants[i / max(kHeads - kGroup, 1)][kGroup + i % max(kHeads - kGroup, 1)] = 0;
   }
+  if (!again) await_previous_kernel();
+  load_query(a, shared, of_head, start);
+  await_copies<0>();
   __syncthreads();
   const Range& range = shared.range;  // read again where it is needed: registers are scarce
   const Course course = Course::of(range, split, splits, warp);
@@ -140,60 +145,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   worker.run(range, course, shared.trusted);
 
   release_next_kernel();
-  if constexpr (kExactRows) worker.add_exact_rows(range, split, splits);
+  if constexpr (kExactRows) worker.add_exact_rows(range, shared.share.split, shared.share.splits);
   worker.leave_sums();
   await_copies<0>();
-  Partial& part = reinterpret_cast<Partial*>(a.workspace.partials)[block];
-  const Partial* parts = &part - split;
-  __syncthreads();
-  set_warp_factors(shared, part);
-  __syncthreads();
-  leave_outputs(worker, shared, part);
-  leave_block_sums(shared, part);
-  u32* reads = a.result.reads + of_head / kSubgroups * 2 * kStoredPlanes;
-  if (threadIdx.x < 2 * kStoredPlanes && shared.reads[threadIdx.x]) {
-    atomicAdd(reads + threadIdx.x, shared.reads[threadIdx.x]);
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    if (kShareByWork && !again) atomicAdd(a.workspace.work_so_far + of_head, shared.work);
-    __threadfence();
-    shared.is_last = atomicAdd(a.workspace.arrived + of_head, 1) == splits - 1;
-    __threadfence();
-  }
-  __syncthreads();
-  if (!shared.is_last) return;
-
-  Merge& merge = *reinterpret_cast<Merge*>(shared.tiles);
-  const i16* dither = dither_row(a.cache, 1, 0);
-  DitherShare entries;
-  if (threadIdx.x < kShares * kChannels) {
-    entries.fetch(dither, threadIdx.x / kChannels * kSharedClasses, threadIdx.x % kChannels);
-  }
-  PartColumns columns;
-  if (threadIdx.x < kColumns) columns.fetch(parts, threadIdx.x, 0, splits);
-  Before before;
-  if (warp < kGroup) before.fetch(a, of_head, warp);
-  set_factors(merge.factor, merge.whole, parts, splits);
-  __syncthreads();
-  sum_parts(merge.whole, parts, columns, merge.factor, splits);
-  __syncthreads();
-  correct_dither(merge, dither, entries);
-  if (threadIdx.x == 0) {
-    a.workspace.arrived[of_head] = 0;
-    if (kShareByWork && !again) {
-      a.workspace.work[of_head] = load_past_l1(a.workspace.work_so_far + of_head);
-      a.workspace.work_so_far[of_head] = 0;
-    }
-    shared.is_last = false;  // from here on: whether a head missed
-    const int exact = kExactRows ? range.exact_tokens(a.cache) : 0;
-    atomicAdd(reads, max(range.end - range.first, 0) - exact);
-  }
-  __syncthreads();
-  for (int g = warp; g < kGroup; g += kWarps) {
-    if (g != warp) before.fetch(a, of_head, g);
-    if (answer(a, shared, merge, before, of_head, g) && lane == 0) shared.is_last = true;
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) missed_now[of_head] = shared.is_last;
+  finish(a, shared, worker);
 }

@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(kDequantiseThreads)
       return;
     }
   }
-  const i64 row = row_index(cache, sequence, head, token);
+  const u32 row = HeadRows(cache, sequence, head).of(token);
   const u32 scales = cache.scales[row];
   const int row_class = dither_class(token);
 

@@ -61,8 +61,6 @@ __device__ __forceinline__ void Worker::add_exact_rows(
 // ---- the end of a warp ----------------------------------------------------------------------------
 
 __device__ __forceinline__ void Worker::leave_sums() {
-  leave_reads();
-  if (kShareByWork && lane == 0) atomicAdd(&block.work, work);
   float(&to)[kSumCount][kHeads] = block.sums[warp];
 #pragma unroll
   for (int g = 0; g < kHeads; ++g) {

@@ -24,8 +24,8 @@ struct Merge {
 
 // Factor of each warp's sums: 2^(its reference - the block's).
 __device__ __forceinline__ void set_warp_factors(DecodeShared& shared, Partial& part) {
-  if (threadIdx.x < kHeads) {
-    const int g = threadIdx.x;
+  if (thread_index() < kHeads) {
+    const int g = thread_index();
     float top = shared.reference[0][g];
 #pragma unroll
     for (int w = 1; w < kWarps; ++w) top = fmaxf(top, shared.reference[w][g]);
@@ -47,7 +47,7 @@ __device__ __forceinline__ void set_warp_factors(DecodeShared& shared, Partial& 
 
 // Sums and class sums of the block.
 __device__ __forceinline__ void leave_block_sums(const DecodeShared& shared, Partial& part) {
-  for (int i = threadIdx.x; i < kClassRows * kHeads; i += kThreads) {
+  for (int i = thread_index(); i < kClassRows * kHeads; i += kThreads) {
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
@@ -59,7 +59,7 @@ __device__ __forceinline__ void leave_block_sums(const DecodeShared& shared, Par
     }
     store_past_l1(&part.classes[0][0] + i, sum);
   }
-  for (int i = threadIdx.x; i < kSumCount * kHeads; i += kThreads) {
+  for (int i = thread_index(); i < kSumCount * kHeads; i += kThreads) {
     const bool square = is_square(i / kHeads);
     float sum = 0;
 #pragma unroll
@@ -76,7 +76,7 @@ __device__ __forceinline__ void leave_block_sums(const DecodeShared& shared, Par
 // Factor of each split's sums: 2^(its reference - the largest).
 __device__ __forceinline__ void set_factors(
     float (*factor)[kHeads], Partial& whole, const Partial* parts, int splits) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
   for (int g = warp; g < kHeads; g += kWarps) {
     float top = kNever, most[kExtremes];
 #pragma unroll
@@ -124,7 +124,7 @@ __device__ __forceinline__ void sum_parts(
     int splits) {
   constexpr int kOutputColumns = kGroup * kChannels / 4;
   constexpr int kSumColumn = kOutputColumns + kClassRows * kHeads / 4;
-  for (int column = threadIdx.x; column < kColumns; column += kThreads) {
+  for (int column = thread_index(); column < kColumns; column += kThreads) {
     const bool is_output = column < kOutputColumns;
     const int head = is_output ? 4 * column / kChannels : 4 * (column % kHeadBlocks);
     const bool square = column >= kSumColumn && is_square((column - kSumColumn) / kHeadBlocks);
@@ -163,7 +163,7 @@ struct DitherShare {
 // sum_s B_s U_s of each channel (theory.md (2.3)), in shares.  `fetched`: the thread's first batch.
 __device__ __forceinline__ void correct_dither(
     Merge& merge, const i16* dither, const DitherShare& fetched) {
-  for (int i = threadIdx.x; i < kShares * kChannels; i += kThreads) {
+  for (int i = thread_index(); i < kShares * kChannels; i += kThreads) {
     const int channel = i % kChannels, share = i / kChannels, begin = share * kSharedClasses;
     float sum[kGroup] = {};
     DitherShare batch = fetched;
@@ -221,7 +221,7 @@ struct Before {
 __device__ __forceinline__ bool answer(
     const DecodeArguments& a, const DecodeShared& shared, const Merge& merge, const Before& before,
     i64 of_head, int g) {
-  const int lane = threadIdx.x % 32;
+  const int lane = thread_index() % 32;
   const i64 query_head = of_head * kGroup + g;
   const Partial& whole = merge.whole;
   // Without tokens the output is 0, certainly, and all of log Z is the sink's.

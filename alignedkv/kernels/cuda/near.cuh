@@ -62,8 +62,8 @@ struct NearRows {
     const int lane = lane_of_thread(), older = before - token;
     const u32 wanted = older >= kTile ? rows : older > 0 ? rows & ((1u << older) - 1) : 0;
     if (!wanted) return;
-    const TileRows at = TileRows::of(cache, sequence, head, token);
-    copy_rows<Side::Key, 0>(
+    const TileRows at = TileRows::of(HeadRows(cache, sequence, head), token);
+    copy_rows<0>(
         shared_address(to.keys), cache.key_planes[0], at, wanted, lane);
     commit_copies();  // a wait is for committed copies only
     if (wanted >> lane & 1) scale = cache.scales[at.of_row(lane)] & 0xffff;
@@ -71,7 +71,7 @@ struct NearRows {
 
   // The row of the token that this step appends, from its words.
   __device__ __forceinline__ static void put(const Words& words, int token, NearTile& to) {
-    const int row = token % kTile, swizzle = key_swizzle<kWidths[0]>(row);
+    const int row = token % kTile, swizzle = swizzle_of<kWidths[0]>(row);
     for (int j = lane_of_thread(); j < kPlaneRowBytes[0] / 4; j += 32) {
       const int byte = row * kPlaneRowBytes[0] + ((4 * j) ^ (16 * swizzle));
       *reinterpret_cast<u32*>(to.keys + byte) = packed_bytes<0>(words, 4 * j);

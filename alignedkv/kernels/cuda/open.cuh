@@ -4,7 +4,7 @@
 
 __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_token, int stage) {
   Tokens t;
-  t.token = first_token + lane;
+  t.first_token = first_token;
   t.scales = mine.scales[stage][lane];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -18,29 +18,28 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
   }
   __syncwarp();
   const float key_scale = t.key_scale(), value_scale = t.value_scale();
-  const bool valid = range.holds(t.token);
   {
     float product[kGroup], of_class[kGroup], unit[kGroup], offset[kGroup];
     load_heads(product, mine.scores[lane]);
-    load_heads(of_class, block.query.classes[dither_class(t.token)]);
+    load_heads(of_class, block.query.classes[dither_class(token_of(t))]);
     load_heads(unit, block.query.numbers[kUnit16]);
     load_heads(offset, block.constants[kOffset]);
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
       const float x = fmaf(key_scale, fmaf(unit[g], product[g], of_class[g]), offset[g]);
       if constexpr (kSoftcap) t.uncapped[g] = x;
-      t.score[g] = valid ? capped(x, g) : kNever;
+      t.score[g] = capped(x, g);
     }
   }
 
-  float excess = kNever, above = kNever;
+  float excess = kNever, of_value = kNever;
   ReadingTest reading;
   {
-    float margin[kGroup], size[kGroup], spread[kGroup], wish[kGroup];
+    float margin[kGroup], size[kGroup], spread[kGroup], value_gain[kGroup];
     load_heads(margin, block.constants[kMargin]);
     load_heads(size, block.constants[kReachSize]);
     load_heads(spread, block.constants[kReachSpread]);
-    load_heads(wish, block.constants[kWanted]);
+    load_heads(value_gain, block.constants[kValueGain]);
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
       const float plausible = fminf(fmaf(margin[g], key_scale, t.score[g]), 0.0f);
@@ -48,44 +47,53 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
       const float log_addend = log2_fast(addend);
       excess = fmaxf(excess, plausible + log_addend);
       if constexpr (kSettled) reading.add(t.score[g], margin[g] * key_scale, log_addend);
-      above = fmaxf(above, plausible + wish[g]);
+      of_value = fmaxf(of_value, plausible + value_gain[g]);
     }
-    above += log2_fast(value_scale);
+    of_value += log2_fast(value_scale);
   }
-  t.key_planes = kSettled ? reading.planes(valid) : planes_for(valid ? excess : kNever);
-  t.wants_value = valid && above > 0.0f;
+  t.key = kSettled ? Plan::of_planes(reading.planes()) : Plan{excess};
+  const float above = of_value + block.skip_gain;
+  t.value = above > 0.0f ? Plan{of_value} : Plan::skip();
   t.chance = 1.0f;
   if constexpr (kSampleValues) {
     // sampling.py: a row below theta_s is drawn with its chance, a multiple of 2^-24.
     constexpr float kDraws = 1 << 24;
     const float allowed = fmaxf(ceilf(exp2_fast(fminf(above, 0.0f)) * kDraws), 1.0f);
-    const u32 draw = mix((static_cast<u32>(t.token) * kSpread) ^ block.query.stream) >> 8;
-    const bool drawn = static_cast<float>(draw) < allowed;
-    if (above < 0.0f) t.chance = allowed * (1.0f / kDraws);
-    t.wants_value = valid && (above >= 0.0f || drawn);
+    const u32 draw = mix((static_cast<u32>(token_of(t)) * kSpread) ^ block.query.stream) >> 8;
+    if (above < 0.0f) {
+      t.chance = allowed * (1.0f / kDraws);
+      t.value = static_cast<float>(draw) < allowed ? Plan::one_plane() : Plan::skip();
+    }
   }
-  if (kExactRows && valid && range.is_exact(a.cache, t.token)) {
-    // Its turn comes in add_exact_rows.
-    t.leave();
-    t.chance = 1.0f;
+  if (first_token < range.first || first_token + kTile > range.end) {
+    if (!range.holds(token_of(t))) t.leave();
   }
+  // A row kept exact has its turn in add_exact_rows.
+  if (kExactRows && range.is_exact(a.cache, token_of(t))) t.leave();
   return t;
 }
 
 // Rows that the plan of a tile asks for, on their way.
-__device__ __forceinline__ void Worker::fetch_finer(const Tokens& t, int first_token, FinerKeys& to) {
-  const u32 second_rows = __ballot_sync(kAllLanes, t.key_planes >= 2);
-  if (!second_rows) return;
-  const TileRows at = TileRows::of(a.cache, sequence, head, first_token);
-  copy_rows<Side::Key, 1>(
-      shared_address(to.second), a.cache.key_planes[1], at, second_rows, lane);
-  if constexpr (kStoredPlanes >= 3) {
-    const u32 third_rows = __ballot_sync(kAllLanes, t.key_planes >= 3);
-    if (!third_rows) return;
-    const int place = __popc(third_rows & ((1u << lane) - 1));
-    if (t.key_planes >= 3) to.order[place] = lane;
-    __syncwarp();
-    copy_rare_rows<2>(shared_address(to.rare), a.cache.key_planes[2], at, to.order,
-                      min(__popc(third_rows), kRareRows), third_rows, lane);
+__device__ __forceinline__ void Worker::fetch_finer(const Tokens& t, FinerKeys& to) {
+  const u32 second = __ballot_sync(kAllLanes, t.key.reads(2));
+  if (!second) return;
+  if (t.key.reads(2)) {
+    const int slot = place_in(second);
+    copy_row<1>(shared_address(to.second), slot, a.cache.key_planes[1], rows.of(token_of(t)));
+    atomicAdd(block.reads + 1, 1u);
   }
+  if constexpr (kStoredPlanes >= 3) {
+    const u32 third = __ballot_sync(kAllLanes, t.key.reads(3));
+    if (third) fetch_rare<2>(t, place_in(second), place_in(third), to);
+  }
+}
+
+// Rows of a rare plane in places 0 to kRareRows - 1, counted from `place`.
+template <int kPlane>
+__device__ __forceinline__ void Worker::fetch_rare(
+    const Tokens& t, int place_of_second, int place, FinerKeys& to) {
+  if (!t.key.reads(kPlane + 1) || place < 0 || place >= kRareRows) return;
+  copy_row<kPlane>(shared_address(to.rare), place, a.cache.key_planes[kPlane], rows.of(token_of(t)));
+  to.order[place] = place_of_second;
+  atomicAdd(block.reads + kPlane, 1u);
 }

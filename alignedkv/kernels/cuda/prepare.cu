@@ -18,8 +18,8 @@ static_assert(kNearTiles <= kPrepareWarps, "a warp looks at one tile of near row
 static_assert(kDitherRows % 16 == 0, "dither rows are multiplied 16 at a time");
 
 struct PrepareShared {
+  Query query;  // of the part of the group in hand
   i16 numbers[kHeads][kChannels];  // q' in units of its largest over kLargestNumber
-  u32 digits[kHeadBlocks * kSlots * 32];  // as in `Query`
   float unit[kHeads];
   float sum[kHeads];
   Words words[2];
@@ -44,7 +44,7 @@ __device__ __forceinline__ void touch(const void* from, int bytes) {
 
 // One warp: query head -> its numbers and 16-bit integers.
 __device__ void turn_query(
-    const DecodeArguments& a, PrepareShared& shared, Query& query, i64 of_head, int part, int g) {
+    const DecodeArguments& a, PrepareShared& shared, i64 of_head, int part, int g) {
   const int lane = lane_of_thread();
   float x[kPerLane];
   load_row<kQueryDtype>(x, a.query + ((of_head * kSubgroups + part) * kGroup + g) * kHeadDim);
@@ -90,12 +90,13 @@ __device__ void turn_query(
   const float arithmetic =
       8.5f * (rounding + kUnitRoundoff * (9.0f * norm1 + kStages * kRootC * norm2));
   const float slack = 1.0f + 0x1p-16f;  // the sums above are rounded themselves
-  query.numbers[kUnit16][g] = unit_score * (1.0f / 16);
-  query.numbers[kHalf][g] = unit_score * sum;
-  query.numbers[kBase][g] = lambda * base * in_score;
-  query.numbers[kDeviation][g] = lambda * norm2 * slack * 0.288675135f;  // 1 / (2 sqrt 3)
-  query.numbers[kWorst][g] = lambda * norm1 * slack * 0.5f;
-  query.numbers[kShift][g] = lambda * slack * (encoder + arithmetic);
+  float(&numbers)[kNumbers][kHeads] = shared.query.numbers;
+  numbers[kUnit16][g] = unit_score * (1.0f / 16);
+  numbers[kHalf][g] = unit_score * sum;
+  numbers[kBase][g] = lambda * base * in_score;
+  numbers[kDeviation][g] = lambda * norm2 * slack * 0.288675135f;  // 1 / (2 sqrt 3)
+  numbers[kWorst][g] = lambda * norm1 * slack * 0.5f;
+  numbers[kShift][g] = lambda * slack * (encoder + arithmetic);
 }
 
 // Four channels of a query column as its high or low digits.
@@ -110,7 +111,7 @@ __device__ __forceinline__ u32 digit_word(const i16* numbers, bool low) {
 }
 
 // Half of a row's scales: the key's is the lower one.
-__device__ __forceinline__ void store_scale(const Cache& cache, i64 row, int side, u32 scale_bits) {
+__device__ __forceinline__ void store_scale(const Cache& cache, u32 row, int side, u32 scale_bits) {
   reinterpret_cast<u16*>(cache.scales + row)[side] = static_cast<u16>(scale_bits);
 }
 
@@ -120,7 +121,7 @@ __device__ u32 append(const DecodeArguments& a, Words& words, int sequence, int 
                       int token, int length) {
   const Cache& cache = a.cache;
   const i64 of_head = head_index(cache, sequence, head);
-  const i64 row = row_index(cache, sequence, head, token);
+  const u32 row = HeadRows(cache, sequence, head).of(token);
   const auto& strides = side == 0 ? a.rows.key_strides : a.rows.value_strides;
   const RowBits* from = (side == 0 ? a.rows.keys : a.rows.values) +
                         sequence * strides[0] + head * strides[1];
@@ -147,7 +148,7 @@ __device__ u32 append(const DecodeArguments& a, Words& words, int sequence, int 
 // 16 dither rows times the queries of four heads -> what a class adds to a score, per unit of g:
 // 7.5 for the middle of the first digit and the offset of the words, and the dither itself.
 __device__ __forceinline__ void class_products(
-    const i16* dither, const PrepareShared& shared, Query& query, int first_row, int block) {
+    const i16* dither, PrepareShared& shared, int first_row, int block) {
   const int lane = lane_of_thread(), r = lane / 4, c = lane % 4;
   int high[4] = {}, low[4] = {};
 #pragma unroll
@@ -162,8 +163,7 @@ __device__ __forceinline__ void class_products(
     }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const int vector = block * (kSlots / kSlotVector) + (s + k) / kSlotVector;
-      q[k] = shared.digits[(vector * 32 + lane) * kSlotVector + (s + k) % kSlotVector];
+      q[k] = shared.query.digits[block][(s + k) / kSlotVector][lane][(s + k) % kSlotVector];
     }
     multiply_add_signed(high, upper[0], upper[1], upper[2], upper[3], q[0], q[1]);
     multiply_add(low, lower[0], lower[1], lower[2], lower[3], q[0], q[1]);
@@ -175,21 +175,21 @@ __device__ __forceinline__ void class_products(
     const float product = 256.0f * joined(high[2 * k], high[2 * k + 1]) +
                           static_cast<float>(joined(low[2 * k], low[2 * k + 1]));
     constexpr float kUnitOfDither = 1.0f / (1 << (kScaleShift + kDitherFractionBits));
-    query.classes[first_row + r + 8 * k][head] = unit * (half - product * kUnitOfDither);
+    shared.query.classes[first_row + r + 8 * k][head] = unit * (half - product * kUnitOfDither);
   }
 }
 
 // The warps that turn queries: digits, numbers and class products of a part of a KV head's group.
 __device__ __forceinline__ void turn_queries(
-    const DecodeArguments& a, PrepareShared& shared, Query& query, i64 of_head, int part, int warp) {
+    const DecodeArguments& a, PrepareShared& shared, i64 of_head, int part, int warp) {
   const int lane = lane_of_thread();
   for (int g = kGroup + warp; g < kHeads; g += kQueryWarps) {
     for (int c = lane; c < kChannels; c += 32) shared.numbers[g][c] = 0;
     if (lane == 0) shared.unit[g] = shared.sum[g] = 0;
-    if (lane < kNumbers) query.numbers[lane][g] = 0;
+    if (lane < kNumbers) shared.query.numbers[lane][g] = 0;
   }
   for (int g = warp; g < kGroup; g += kQueryWarps) {
-    turn_query(a, shared, query, of_head, part, g);
+    turn_query(a, shared, of_head, part, g);
   }
   await_query_warps();
   for (int i = threadIdx.x; i < kHeadBlocks * kSlots * 32; i += 32 * kQueryWarps) {
@@ -197,12 +197,11 @@ __device__ __forceinline__ void turn_queries(
     const int slot = in_block / (32 * kSlotVector) * kSlotVector + in_block % kSlotVector;
     const int of_lane = in_block / kSlotVector % 32, column = of_lane / 4;
     const i16* numbers = shared.numbers[4 * block + column / 2] + slot_channel(slot, of_lane % 4);
-    shared.digits[i] = digit_word(numbers, column % 2);
-    (&query.digits[0][0][0][0])[i] = shared.digits[i];
+    (&shared.query.digits[0][0][0][0])[i] = digit_word(numbers, column % 2);
   }
   await_query_warps();
   for (int i = warp; i < kDitherRows / 16 * kHeadBlocks; i += kQueryWarps) {
-    class_products(a.cache.dither, shared, query, i / kHeadBlocks * 16, i % kHeadBlocks);
+    class_products(a.cache.dither, shared, i / kHeadBlocks * 16, i % kHeadBlocks);
   }
 }
 
@@ -220,17 +219,9 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
   await_previous_kernel();
   release_next_kernel();
 
-  Query* queries = reinterpret_cast<Query*>(a.workspace.queries) + of_head * kSubgroups;
   const int before = a.cache.lengths[sequence], length = before + a.rows.tokens;
   const u32 step = *a.state.step;
   const bool fits = !overfull(a.cache, length);
-  if (warp == 0 && lane == 0) {
-    for (int part = 0; part < kSubgroups; ++part) {
-      queries[part].length = fits ? length : -1;
-      queries[part].stream =
-          mix(mix(mix(a.step.seed + kSpread) ^ step) ^ static_cast<u32>(of_head));
-    }
-  }
   const Range range = Range::of(a.cache.starts[sequence], fits ? length : 0, a.step.window);
   NearRows near = {};
   if (kUsesNearRows && warp < kNearTiles) {
@@ -243,6 +234,9 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
     // When all blocks of a sequence have read its length, and all blocks the counter of steps, the
     // last may advance them.
     if (side == 0 && lane == 0) {
+      shared.query.length = fits ? length : -1;
+      shared.query.stream =
+          mix(mix(mix(a.step.seed + kSpread) ^ step) ^ static_cast<u32>(of_head));
       if (atomicAdd(a.workspace.prepared + sequence, 1) == gridDim.x - 1) {
         a.workspace.prepared[sequence] = 0;
         if (fits) a.cache.lengths[sequence] = length;
@@ -265,38 +259,39 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
         NearRows::put(shared.words[side], before, shared.tiles[index]);
       }
     }
-  } else {
-#pragma unroll
-    for (int part = 0; part < kSubgroups; ++part) {
-      if (part > 0) await_query_warps();
-      turn_queries(a, shared, queries[part], of_head, part, warp);
-    }
   }
-  if constexpr (!kUsesNearRows) {
-    if (threadIdx.x < kWholeGroup) {
-      const i64 query_head = of_head * kWholeGroup + threadIdx.x;
-      const int g = threadIdx.x % kGroup;
-      float(&numbers)[kNumbers][kHeads] = queries[threadIdx.x / kGroup].numbers;
-      numbers[kLogZ][g] = a.state.log_z[query_head];
-      numbers[kToldSpread][g] = a.state.spread[query_head];
-    }
-  } else {
+  await_copies<0>();
+#pragma unroll 1
+  for (int part = 0; part < kSubgroups; ++part) {
+    if (part > 0) __syncthreads();  // the part before has been left
     // Known from the step before; wanted when the near rows are summed.
-    float rest[kSubgroups];
-#pragma unroll
-    for (int part = 0; part < kSubgroups; ++part) {
-      const i64 head = of_head * kSubgroups + part;
-      if (threadIdx.x < kGroup) rest[part] = a.state.rest[head * kGroup + threadIdx.x];
+    const i64 of_part = of_head * kSubgroups + part, query_head = of_part * kGroup + threadIdx.x;
+    float rest = 0, log_z = 0, spread = 0;
+    if (threadIdx.x < kGroup) {
+      if constexpr (kUsesNearRows) {
+        rest = a.state.rest[query_head];
+      } else {
+        log_z = a.state.log_z[query_head], spread = a.state.spread[query_head];
+      }
     }
-    await_copies<0>();
+    if (warp < kQueryWarps) turn_queries(a, shared, of_head, part, warp);
     __syncthreads();  // queries, the new row and the fetched ones are there
-    if (a.rows.tokens == 1 && near.token + lane == before) near.scale = shared.newest_scale;
-#pragma unroll
-    for (int part = 0; part < kSubgroups; ++part) {
-      if (part > 0) __syncthreads();
-      if (warp < kNearTiles) near.add_up(a, queries[part], shared.tiles[warp], shared.near[warp]);
+    if constexpr (kUsesNearRows) {
+      if (part == 0 && a.rows.tokens == 1 && near.token + lane == before) {
+        near.scale = shared.newest_scale;
+      }
+      if (warp < kNearTiles) near.add_up(a, shared.query, shared.tiles[warp], shared.near[warp]);
       __syncthreads();
-      if (threadIdx.x < kGroup) set_hint(a, shared.near, queries[part], rest[part], threadIdx.x);
+      if (threadIdx.x < kGroup) set_hint(a, shared.near, shared.query, rest, threadIdx.x);
+    } else if (threadIdx.x < kGroup) {
+      shared.query.numbers[kLogZ][threadIdx.x] = log_z;
+      shared.query.numbers[kToldSpread][threadIdx.x] = spread;
+    }
+    __syncthreads();
+    uint4* to = reinterpret_cast<uint4*>(a.workspace.queries + of_part * sizeof(Query));
+    const uint4* from = reinterpret_cast<const uint4*>(&shared.query);
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Query)) / 16; i += 32 * kPrepareWarps) {
+      to[i] = from[i];
     }
   }
 }

@@ -15,20 +15,28 @@ constexpr int kRowBytesOf = kChannels * kWidth / 8;
 // Rows lie one behind the other; where the rows that one load touches would start in the same banks,
 // 16-byte chunks change places within their row.
 
-// Keys: a quarter warp loads 16 bytes each of rows 2i and 2i + 1.
+// Eight lanes copy, and ldmatrix loads, the same 16 bytes of eight rows that lie side by side; a quarter
+// warp loads 16 bytes each of four neighbours of keys 2i and 2i + 1.  (Rows of 96 bytes meet in pairs.)
 template <int kWidth>
-__device__ __forceinline__ constexpr int key_swizzle(int row) {
-  return kRowBytesOf<kWidth> % 128 == 0 ? (row & 1) * 4 : 0;
-}
-
-// Values: ldmatrix loads 16 bytes of eight rows that lie side by side.  (Rows of 96 bytes meet in pairs.)
-template <int kWidth>
-__device__ __forceinline__ constexpr int value_swizzle(int row) {
-  if constexpr (kRowBytesOf<kWidth> % 128 == 0) return row & 7;
+__device__ __forceinline__ constexpr int swizzle_of(int row) {
+  if constexpr (kRowBytesOf<kWidth> % 128 == 0) return (row & 1) * 4 + (row >> 1 & 3);
   if constexpr (kRowBytesOf<kWidth> % 128 == 64) return row >> 1 & 3;
   if constexpr (kRowBytesOf<kWidth> % 128 == 32) return row >> 2 & 1;
   return 0;
 }
+template <int kWidth>
+constexpr bool kSwizzled = swizzle_of<kWidth>(7) != 0;
+
+// So that 16 bytes of a swizzled row are found by an exclusive or within 128 bytes.
+constexpr int tile_alignment() {
+  int most = 16;
+  for (int bytes : kPlaneRowBytes) {
+    const bool is_swizzled = bytes % 128 == 0 || bytes == 64 || bytes == 32;
+    if (is_swizzled && bytes > most) most = bytes < 128 ? bytes : 128;
+  }
+  return most;
+}
+constexpr int kTileAlignment = tile_alignment();
 
 // ---- keys ------------------------------------------------------------------------------------------
 
@@ -101,7 +109,7 @@ __device__ __forceinline__ void key_products(
   constexpr int kRowBytes = kRowBytesOf<kWidth>;
   const int r = lane / 4, c = lane % 4;
   const u8 *row = rows + r * kRowBytes, *row8 = row + 8 * kRowBytes;
-  const int swizzle = key_swizzle<kWidth>(r);  // r + 8 alike
+  const int swizzle = swizzle_of<kWidth>(r);  // r + 8 alike
   u32 a[kLaneWords], a8[kLaneWords];
   key_words<kWidth>(a, row, swizzle, c, false);
   key_words<kWidth>(a8, row8, swizzle, c, false);
@@ -161,13 +169,12 @@ using Operands = u32[2][2];
 template <int kWidth>
 struct ValueRows {
   static constexpr int kBytes = kRowBytesOf<kWidth>;
-  static constexpr bool kSwizzled = value_swizzle<kWidth>(7) != 0;
 
   const u8* tile;
   u32 row;  // where the lane's row starts, swizzled
 
   __device__ __forceinline__ ValueRows(const u8* tile, int lane) : tile(tile) {
-    row = shared_address(tile) + lane * kBytes + 16 * value_swizzle<kWidth>(lane);
+    row = shared_address(tile) + lane * kBytes + 16 * swizzle_of<kWidth>(lane);
   }
 
   // A piece's words: digits of the lower half where Digits<kWidth>::kLower is set, of the upper one
@@ -181,7 +188,7 @@ struct ValueRows {
       constexpr bool kIsSecond = kWidth == 2 && kFirst >= kBytes;
       constexpr int kByte = kFirst - (kIsSecond ? kBytes : 0);
       shift = kIsSecond ? 2 : 0;
-      load_matrices(pairs, kSwizzled ? row ^ kByte : row + kByte);
+      load_matrices(pairs, kSwizzled<kWidth> ? row ^ kByte : row + kByte);
     } else {
       static_assert(kWidth == 2, "ldmatrix takes rows of 16 bytes");
       const int byte = kFirst + 2 * r;
@@ -202,9 +209,6 @@ struct ValueRows {
     }
   }
 };
-
-// So that a piece of a swizzled row is found by an exclusive or.
-constexpr int kTileAlignment = ValueRows<4>::kSwizzled ? ValueRows<4>::kBytes : 16;
 
 // A plane's digits as operands of both halves.
 template <int kWidth>

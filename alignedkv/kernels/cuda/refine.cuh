@@ -21,11 +21,13 @@ __device__ __forceinline__ void Worker::settle_reference(const Tokens& t, bool t
 // Scores from all key planes that were read.
 __device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
   if constexpr (kSettled) start_settling(t);
-  if (!__any_sync(kAllLanes, t.key_planes >= 2)) return;
-  work += kWorkOfKeys;
+  const u32 second = __ballot_sync(kAllLanes, t.key.reads(2));
+  if (!second) return;
+  const int place = place_in(second);
   constexpr int kWidth = kWidths[1];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
+    if (__popc(second) <= 16 * half) break;
     int x[kHeadBlocks][2];
     key_products<kWidth>(x, keys.second + half * 16 * kPlaneRowBytes[1], block.query, lane);
     // In the unit of the first plane's products: kUnit16.
@@ -38,17 +40,17 @@ __device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
   }
   __syncwarp();
   if constexpr (kSettled) {
-    keep_or_drop<2>(t, t.key_planes >= 2);
+    keep_or_drop<2>(t, place, t.key.reads(2));
     __syncwarp();
   }
-  if constexpr (kStoredPlanes >= 3) add_rare_planes(t, keys);
-  if (!kSettled && t.key_planes >= 2) {
+  if constexpr (kStoredPlanes >= 3) add_rare_planes(t, place, keys);
+  if (!kSettled && t.key.reads(2)) {
     float finer[kGroup], unit[kGroup], half[kGroup];
-    load_heads(finer, mine.scores[lane]);
+    load_heads(finer, mine.scores[place]);
     load_heads(unit, block.query.numbers[kUnit16]);
     load_heads(half, block.query.numbers[kHalf]);
     const float key_scale = t.key_scale();
-    const float middle = 0.5f * step_of(t.key_planes) - 0.5f;  // of the digits read, less the first's
+    const float middle = 0.5f * t.key.step() - 0.5f;  // of the digits read, less the first's
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
       const float added = key_scale * fmaf(half[g], middle, unit[g] * finer[g]);
@@ -58,28 +60,22 @@ __device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
         t.score[g] += added;
       }
     }
+    t.value = plan_value(t);
   }
   __syncwarp();
 }
 
-// Third and later planes, 16 rows at a time; the first round's third plane is there already.
-__device__ __forceinline__ void Worker::add_rare_planes(Tokens& t, FinerKeys& keys) {
-  const u32 third_rows = __ballot_sync(kAllLanes, t.key_planes >= 3);
-  const int count = __popc(third_rows);
-  for (int first = 0; first < count; first += kRareRows) {
-    const int rows_here = min(count - first, kRareRows);
-    const u8* order = keys.order + first;
-    unrolled<2, kStoredPlanes>([&](auto plane) {
-      constexpr int kPlane = decltype(plane)::value, kWidth = kWidths[kPlane];
-      u32 having = third_rows;
-      if constexpr (kPlane == 3) having = __ballot_sync(kAllLanes, t.key_planes >= 4);
-      if (!having) return;
-      work += kWorkOfKeys;
+// Third and later planes, kRareRows rows at a time; the first of the third are there already.  `place`:
+// of this lane's row in `mine.scores`.
+__device__ __forceinline__ void Worker::add_rare_planes(Tokens& t, int place, FinerKeys& keys) {
+  unrolled<2, kStoredPlanes>([&](auto plane) {
+    constexpr int kPlane = decltype(plane)::value, kWidth = kWidths[kPlane];
+    const u32 having = __ballot_sync(kAllLanes, t.key.reads(kPlane + 1));
+    const int count = __popc(having), place_here = place_in(having);
+#pragma unroll 1
+    for (int first = 0; first < count; first += kRareRows) {
       if (kPlane > 2 || first > 0) {
-        const int first_token = __shfl_sync(kAllLanes, t.token, 0);
-        copy_rare_rows<kPlane>(
-            shared_address(keys.rare), a.cache.key_planes[kPlane],
-            TileRows::of(a.cache, sequence, head, first_token), order, rows_here, having, lane);
+        fetch_rare<kPlane>(t, place, place_here - first, keys);
         commit_copies();
         await_copies<0>();
         __syncwarp();
@@ -90,18 +86,17 @@ __device__ __forceinline__ void Worker::add_rare_planes(Tokens& t, FinerKeys& ke
           16.0f * kDigitsPerProduct<kWidth> / static_cast<float>(1 << gain(kPlane + 1));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (r + 8 * i >= rows_here) continue;
-        float* scores = mine.scores[order[r + 8 * i]];
+        if (first + r + 8 * i >= count) continue;
+        float* scores = mine.scores[keys.order[r + 8 * i]];
 #pragma unroll
         for (int b = 0; b < kHeadBlocks; ++b) scores[4 * b + c] += kScale * static_cast<float>(x[b][i]);
       }
       __syncwarp();
       if constexpr (kSettled) {
-        const int place = __popc(third_rows & ((1u << lane) - 1));
-        const bool is_here = place >= first && place < first + rows_here;
-        keep_or_drop<kPlane + 1>(t, is_here && t.key_planes > kPlane);
+        const bool is_here = place_here >= first && place_here < first + kRareRows;
+        keep_or_drop<kPlane + 1>(t, place, is_here && t.key.reads(kPlane + 1));
         __syncwarp();
       }
-    });
-  }
+    }
+  });
 }

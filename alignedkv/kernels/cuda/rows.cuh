@@ -3,6 +3,7 @@
 // product and sum that could be contracted into a fused one is spelled as a rounded operation.
 
 #include "arguments.cuh"
+#include "copies.cuh"
 
 // ---- lanes and channels -------------------------------------------------------------------------
 
@@ -15,7 +16,19 @@ constexpr int kPerLane = kChannels / kWarpSize;
 static_assert(kChannels % kWarpSize == 0, "channels of a stored row come in multiples of 32");
 static_assert(kHadamardBlock % kWarpSize == 0, "a Hadamard block is at least a warp wide");
 
+// threadIdx.x, read anew where it is used, so that no register is kept for it.
+__device__ __forceinline__ int thread_index() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
 __device__ __forceinline__ int lane_of_thread() { return threadIdx.x % kWarpSize; }
+
+// Lane 0's x.  Said of a number that all lanes have alike, it lets the compiler know: a branch on it
+// then leaves the warp together, and what follows needs no code to bring lanes together again.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(kAllLanes, x, 0); }
+
+
 __device__ __forceinline__ int channel(int i, int lane) { return i * kWarpSize + lane; }
 
 // ---- scales -------------------------------------------------------------------------------------
@@ -41,17 +54,31 @@ __device__ __forceinline__ i64 head_index(const Cache& cache, int sequence, int 
   return static_cast<i64>(sequence) * cache.kv_heads + head;
 }
 
-// THE address function: index of token `token` among the rows of a plane or of the scales.
-__device__ __forceinline__ i64 row_index(const Cache& cache, int sequence, int head, int token) {
-  if constexpr (kPageTokens == 0) {
-    return head_index(cache, sequence, head) * cache.capacity + token;
-  } else {
+// THE address function: which row of a plane or of the scales holds a token of a KV head.  A cache has
+// fewer than 2^32 rows (storage.py).
+struct HeadRows {
+  const Cache& cache;
+  int sequence, head;
+  u32 first;  // without pages: the row of token 0
+
+  __device__ __forceinline__ HeadRows(const Cache& cache, int sequence, int head)
+      : cache(cache), sequence(sequence), head(head), first(0) {
+    if constexpr (kPageTokens == 0) {
+      first = static_cast<u32>(head_index(cache, sequence, head) * cache.capacity);
+      first = held(first);
+    }
+  }
+  __device__ __forceinline__ u32 of(int token) const {
+    if constexpr (kPageTokens == 0) return first + token;
     constexpr int kPage = kPageTokens > 0 ? kPageTokens : 1;
     const i64 entry = static_cast<i64>(sequence) * cache.max_pages + token / kPage;
-    const i64 page = cache.block_table[entry];
+    const u32 page = cache.block_table[entry];
     return (page * cache.kv_heads + head) * kPage + token % kPage;
   }
-}
+};
+
+// Byte `row` of those `bytes` long.
+__device__ __forceinline__ u64 row_offset(u32 row, u32 bytes) { return static_cast<u64>(row) * bytes; }
 
 // Slot of a token among the exact rows, -1 if it has none (arrays.py, exact_keys).  `length` is the
 // sequence's length once the token and those behind it are in.
@@ -239,10 +266,10 @@ __device__ __forceinline__ u32 packed_bytes(const Words& words, int first_byte) 
 // All stored planes of a row from its words.
 template <int kPlane = 0>
 __device__ __forceinline__ void store_planes(
-    const Words& words, u8* const (&planes)[kStoredPlanes], i64 row) {
+    const Words& words, u8* const (&planes)[kStoredPlanes], u32 row) {
   static_assert(8 % kWidths[kPlane] == 0, "kernels take planes of 1, 2, 4 or 8 bits");
   static_assert(kPlaneRowBytes[kPlane] % 4 == 0, "a plane's row is stored by 4 bytes");
-  u32* bytes = reinterpret_cast<u32*>(planes[kPlane] + row * kPlaneRowBytes[kPlane]);
+  u32* bytes = reinterpret_cast<u32*>(planes[kPlane] + row_offset(row, kPlaneRowBytes[kPlane]));
   for (int j = lane_of_thread(); j < kPlaneRowBytes[kPlane] / 4; j += kWarpSize) {
     bytes[j] = packed_bytes<kPlane>(words, 4 * j);
   }
@@ -251,7 +278,7 @@ __device__ __forceinline__ void store_planes(
 
 // The row as all its stored planes tell it, (2.2) of theory.md.
 __device__ __forceinline__ void decode_row(
-    float (&x)[kPerLane], u8* const (&planes)[kStoredPlanes], i64 row, u32 scale_bits,
+    float (&x)[kPerLane], u8* const (&planes)[kStoredPlanes], u32 row, u32 scale_bits,
     const i16* dither /* [C] */) {
   const int lane = lane_of_thread();
   constexpr int kUnreadBits = kUnread[kStoredPlanes - 1];
@@ -263,7 +290,7 @@ __device__ __forceinline__ void decode_row(
 #pragma unroll
     for (int plane = 0; plane < kStoredPlanes; ++plane) {
       const int stride = kPlaneRowBytes[plane];
-      const u32 byte = planes[plane][row * stride + c % stride];
+      const u32 byte = planes[plane][row_offset(row, stride) + c % stride];
       const u32 digit = (byte >> (kWidths[plane] * (c / stride))) & ((1u << kWidths[plane]) - 1);
       word |= digit << kUnread[plane];
     }
@@ -282,7 +309,7 @@ __device__ __forceinline__ void encode_token(
     const RowBits* key /* [D] */, const RowBits* value /* [D] */, Words& words) {
   const int lane = lane_of_thread();
   const i64 of_head = head_index(cache, sequence, head);
-  const i64 row = row_index(cache, sequence, head, token);
+  const u32 row = HeadRows(cache, sequence, head).of(token);
   const int row_class = dither_class(token);
   float x[kPerLane];
 

@@ -28,10 +28,10 @@ struct ReadingTest {
       excess[kPlanes] = fmaxf(excess[kPlanes], fmaf(kSpreads, spread, score) + log_addend);
     });
   }
-  __device__ __forceinline__ int planes(bool valid) const {
+  __device__ __forceinline__ int planes() const {
     int count = 1;
 #pragma unroll
-    for (int n = 1; n < kStoredPlanes; ++n) count += valid && excess[n] > gain(n);
+    for (int n = 1; n < kStoredPlanes; ++n) count += excess[n] > gain(n);
     return count;
   }
 };
@@ -44,16 +44,16 @@ __device__ __forceinline__ void Worker::start_settling(Tokens& t) const {
 }
 
 // With kPlanes planes: the finer scores of this lane's token, which has them if `is_finer`, and the
-// test of (5.4) for each head.  `mine.scores` holds what the last of these planes adds.
+// test of (5.4) for each head.  Row `place` of `mine.scores` holds what the last of these planes adds.
 template <int kPlanes>
-__device__ __forceinline__ void Worker::keep_or_drop(Tokens& t, bool is_finer) {
+__device__ __forceinline__ void Worker::keep_or_drop(Tokens& t, int place, bool is_finer) {
   if (!is_finer) return;
   constexpr float kStep = 1.0f / (1 << gain(kPlanes)), kCoarser = 1.0f / (1 << gain(kPlanes - 1));
   const float key_scale = t.key_scale(), value_scale = t.value_scale();
   const float(&numbers)[kNumbers][kHeads] = block.query.numbers;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
-    float& products = mine.scores[lane][g];
+    float& products = mine.scores[place][g];
     const float middle = numbers[kHalf][g] * (0.5f * (kStep - kCoarser));
     const float finer =
         fmaf(key_scale, fmaf(numbers[kUnit16][g], products, middle), t.settled.finest[g]);
@@ -71,7 +71,7 @@ __device__ __forceinline__ void Worker::keep_or_drop(Tokens& t, bool is_finer) {
 __device__ __forceinline__ SettledToken Worker::settled_token(const Tokens& t) const {
   SettledToken token = t.settled;
   token.errs = t.score[0] != kNever;
-  token.of_class = own_class(dither_class(t.token));
+  token.of_class = own_class(dither_class(token_of(t)));
   return token;
 }
 

@@ -175,29 +175,26 @@ struct Course {
 
 // Row i of a tile is row `low + i` of the planes, or `high + i` from 16 on (pages of 16 tokens).
 struct TileRows {
-  i64 low, high;
+  u32 low, high;
 
-  __device__ __forceinline__ static TileRows of(
-      const Cache& cache, int sequence, int head, int token) {
+  __device__ __forceinline__ static TileRows of(const HeadRows& head, int token) {
     TileRows rows;
-    rows.low = row_index(cache, sequence, head, token);
+    rows.low = head.of(token);
     rows.high = rows.low;
     if constexpr (kPageTokens == 16) {
       const int above = token + 16;
-      const bool exists = above / 16 < cache.max_pages;
-      rows.high = row_index(cache, sequence, head, exists ? above : token) - 16;
+      const bool exists = above / 16 < head.cache.max_pages;
+      rows.high = head.of(exists ? above : token) - 16;
     }
     return rows;
   }
-  __device__ __forceinline__ i64 of_row(int i) const {
+  __device__ __forceinline__ u32 of_row(int i) const {
     return kPageTokens == 16 && i >= 16 ? high + i : low + i;
   }
 };
 
-enum class Side { Key, Value };
-
-// The wanted rows of a tile, in order, to `to`; elsewhere what lies there stays.
-template <Side kSide, int kPlane>
+// The wanted rows of a tile of keys to their places at `to`; elsewhere what lies there stays.
+template <int kPlane>
 __device__ __forceinline__ void copy_rows(
     u32 to, const u8* plane, const TileRows& rows, u32 wanted, int lane) {
   constexpr int kWidth = kWidths[kPlane], kRowBytes = kPlaneRowBytes[kPlane];
@@ -205,13 +202,11 @@ __device__ __forceinline__ void copy_rows(
   const int row = lane / kPerRow, chunk = lane % kPerRow;
   // The rows that a lane copies are 32 / kPerRow apart: their swizzles are the same, or differ in one
   // bit for every other row.
-  constexpr bool kIsKey = kSide == Side::Key;
-  constexpr int kApart = 32 / kPerRow;
-  constexpr int kChange = kIsKey ? key_swizzle<kWidth>(kApart) : value_swizzle<kWidth>(kApart);
-  const int swizzle = kIsKey ? key_swizzle<kWidth>(row) : value_swizzle<kWidth>(row);
+  constexpr int kChange = swizzle_of<kWidth>(32 / kPerRow);
+  const int swizzle = swizzle_of<kWidth>(row);
   to += row * kRowBytes;
-  const u8* low = plane + rows.low * kRowBytes + lane * kChunk;
-  const u8* high = plane + rows.high * kRowBytes + lane * kChunk;
+  const u8* low = plane + row_offset(rows.low, kRowBytes) + lane * kChunk;
+  const u8* high = plane + row_offset(rows.high, kRowBytes) + lane * kChunk;
   const u32 mine = wanted >> row;
   unrolled<0, kPerRow>([&](auto i) {
     constexpr int kIndex = decltype(i)::value, kOffset = kIndex * 32 * kChunk;
@@ -231,35 +226,27 @@ __device__ __forceinline__ void copy_rows(
   });
 }
 
-// All rows of a tile.
-template <Side kSide, int kPlane>
+// All of them.
+template <int kPlane>
 __device__ __forceinline__ void copy_tile(u32 to, const u8* plane, const TileRows& rows, int lane) {
-  copy_rows<kSide, kPlane>(to, plane, rows, 0xffffffffu, lane);
+  copy_rows<kPlane>(to, plane, rows, 0xffffffffu, lane);
 }
 
-// A row of the planes and the slot of shared memory that takes it.
-__device__ __forceinline__ u64 listed(i64 row, int slot) {
-  static_assert(kTile == 32);
-  return static_cast<u64>(row) << 5 | slot;
-}
-
-// The rows of a list to their slots at `to`.
-template <Side kSide, int kPlane>
-__device__ __forceinline__ void copy_listed(
-    u32 to, const u8* plane, const u64* list, int count, int lane) {
+// Row `row` of a plane, by one lane, to a slot of the tile at `to`.
+template <int kPlane>
+__device__ __forceinline__ void copy_row(u32 to, int slot, const u8* plane, u32 row) {
   constexpr int kWidth = kWidths[kPlane], kRowBytes = kPlaneRowBytes[kPlane];
-  constexpr int kChunk = kRowBytes % 16 == 0 ? 16 : 8, kPerRow = kRowBytes / kChunk;
-  constexpr int kAtOnce = 32 / kPerRow;
-  const int chunk = lane % kPerRow;
-  const u8* from = plane + chunk * kChunk;
-  for (int i = lane / kPerRow; i < count; i += kAtOnce) {
-    if (32 % kPerRow != 0 && lane >= kAtOnce * kPerRow) break;
-    const u64 entry = list[i];
-    const int slot = static_cast<int>(entry) % kTile;
-    const int swizzle = kSide == Side::Key ? key_swizzle<kWidth>(slot) : value_swizzle<kWidth>(slot);
-    copy_async<kChunk>(to + slot * kRowBytes + (chunk ^ swizzle) * kChunk,
-                       from + (entry >> 5) * kRowBytes);
-  }
+  constexpr int kChunk = kRowBytes % 16 == 0 ? 16 : 8;
+  const u32 at = to + slot * kRowBytes + swizzle_of<kWidth>(slot) * kChunk;
+  const u8* from = plane + row_offset(row, kRowBytes);
+  unrolled<0, kRowBytes / kChunk>([&](auto i) {
+    constexpr int kByte = decltype(i)::value * kChunk;
+    if constexpr (kSwizzled<kWidth>) {
+      copy_async<kChunk, kByte & ~127, kByte>(at ^ (kByte & 127), from);
+    } else {
+      copy_async<kChunk, kByte, kByte>(at, from);
+    }
+  });
 }
 
 // Value rows of a plane that few of 32 slots have, zeros for the others.  Of 8 bits, the half of a row
@@ -273,27 +260,9 @@ __device__ __forceinline__ void copy_late_rows(
   for (int id = lane; id < kTile * kPerRow; id += 32) {
     const int slot = id / kPerRow, chunk = id % kPerRow;
     const bool is_wanted = wanted >> slot & 1;
-    const i64 row = is_wanted ? row_of(slot) : 0;
-    const u8* from = plane + row * kPlaneRowBytes[kPlane] + chunk * kChunk;
-    const u32 at = to + slot * kRowBytes + (chunk ^ value_swizzle<kWidth>(slot)) * kChunk;
+    const u32 row = is_wanted ? row_of(slot) : 0;
+    const u8* from = plane + row_offset(row, kPlaneRowBytes[kPlane]) + chunk * kChunk;
+    const u32 at = to + slot * kRowBytes + (chunk ^ swizzle_of<kWidth>(slot)) * kChunk;
     copy_async_or_zero<kChunk>(at, from, is_wanted);
-  }
-}
-
-// Rows of a tile that are few: at most 16, named by `order`, side by side.
-constexpr int kRareRows = 16;
-
-template <int kPlane>
-__device__ __forceinline__ void copy_rare_rows(
-    u32 to, const u8* plane, const TileRows& rows, const u8* order, int count, u32 wanted, int lane) {
-  constexpr int kWidth = kWidths[kPlane], kRowBytes = kPlaneRowBytes[kPlane];
-  constexpr int kChunk = kRowBytes % 16 == 0 ? 16 : 8, kPerRow = kRowBytes / kChunk;
-#pragma unroll
-  for (int i = 0; i < (kRareRows * kPerRow + 31) / 32; ++i) {
-    const int id = lane + 32 * i, slot = id / kPerRow, chunk = id % kPerRow;
-    const int row = slot < count ? order[slot] : 0;
-    const u8* from = plane + rows.of_row(row) * kRowBytes + chunk * kChunk;
-    const u32 at = to + slot * kRowBytes + (chunk ^ key_swizzle<kWidth>(slot)) * kChunk;
-    if (slot < kRareRows) copy_async_or_zero<kChunk>(at, from, slot < count && (wanted >> row & 1));
   }
 }

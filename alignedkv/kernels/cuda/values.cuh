@@ -21,7 +21,7 @@ __device__ __forceinline__ float Worker::round_weight(
 
 // The queue's weights: as digits to shared memory, and what rounding changes to the sums.  Says whether
 // what rounding lost has digits of its own.
-__device__ __forceinline__ bool Worker::leave_weights(int planes) {
+__device__ __forceinline__ bool Worker::leave_weights(Plan plan) {
   const bool valid = lane < queued_values;
   float scaled[kGroup], largest[kHeads] = {};
   load_heads(scaled, mine.values.weight[lane]);
@@ -39,7 +39,7 @@ __device__ __forceinline__ bool Worker::leave_weights(int planes) {
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) has_fine_weights |= largest[g] > coarse[g];
   // What digits of offset binary stand for: their middle, less half the range.
-  const float offset = 0.5f * step_of(planes) - (0.5f + kHalfRange);
+  const float offset = 0.5f * plan.step() - (0.5f + kHalfRange);
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     float lost;
@@ -60,13 +60,13 @@ __device__ __forceinline__ bool Worker::leave_weights(int planes) {
     store_heads(mine.weight_units[0], largest);
   }
   __syncwarp();
-  return has_fine_weights;
+  return __any_sync(kAllLanes, has_fine_weights);
 }
 
 __device__ __forceinline__ void Worker::add_values() {
-  const int planes = lane < queued_values ? mine.values.planes[lane] : 0;
-  const bool has_fine_weights = leave_weights(planes);
-  const bool has_second = __any_sync(kAllLanes, planes > 1);
+  const Plan plan = lane < queued_values ? mine.values.plan[lane] : Plan::one_plane();
+  const bool has_fine_weights = leave_weights(plan);
+  const bool has_second = __any_sync(kAllLanes, plan.reads(2));
   const ValueRows<kWidths[0]> first(mine.values.first, lane);
   const ValueRows<kWidths[1]> second(mine.values.second, lane);
   with_weights(has_fine_weights, [&] {
@@ -76,11 +76,15 @@ __device__ __forceinline__ void Worker::add_values() {
       unrolled<0, kPieces>([&](auto i) { add_plane<0, decltype(i)::value>(first); });
     }
   });
-  if (kStoredPlanes > 2 && __any_sync(kAllLanes, planes > 2)) {
+  if (kStoredPlanes > 2 && __any_sync(kAllLanes, plan.reads(3))) {
+    unrolled<2, kStoredPlanes>([&](auto plane) {
+      constexpr int kPlane = decltype(plane)::value;
+      if (plan.reads(kPlane + 1)) atomicAdd(block.reads + kStoredPlanes + kPlane, 1u);
+    });
     with_weights(has_fine_weights, [&] {
       unrolled<2, kStoredPlanes>([&](auto plane) {
         constexpr int kPlane = decltype(plane)::value;
-        const u32 wanted = __ballot_sync(kAllLanes, planes > kPlane);
+        const u32 wanted = __ballot_sync(kAllLanes, plan.reads(kPlane + 1));
         if (wanted) add_late_plane<kPlane>(wanted);
       });
     });
@@ -88,7 +92,6 @@ __device__ __forceinline__ void Worker::add_values() {
   __syncwarp();
   if (has_second) clear_second_values();
   queued_values = 0;
-  work += kWorkOfValues;
 }
 
 // Rows without a second plane are zeros there.
@@ -167,9 +170,7 @@ template <int kPlane>
 __device__ __forceinline__ void Worker::add_late_plane(u32 wanted) {
   constexpr int kWidth = kWidths[kPlane];
   u8* tile = mine.values.first;
-  const auto row_of = [&](int slot) {
-    return row_index(a.cache, sequence, head, mine.values.token[slot]);
-  };
+  const auto row_of = [&](int slot) { return rows.of(mine.values.token[slot]); };
 #pragma unroll 1
   for (int half = 0; half < (kWidth == 8 ? 2 : 1); ++half) {
     __syncwarp();

@@ -19,26 +19,6 @@
 static_assert(kWidths[0] == 4, "a first plane has four bits");
 static_assert(kWidths[1] <= 4, "a second plane has at most four bits");
 
-// log2 of the factor by which n planes are finer than the first alone.
-__device__ __forceinline__ constexpr int gain(int planes) { return kUnread[0] - kUnread[planes - 1]; }
-
-// 2^-gain of a plane count that is known at run time only.
-__device__ __forceinline__ float step_of(int planes) {
-  float step = 1.0f;
-  if (planes >= 2) step = 1.0f / (1 << gain(2));
-  if constexpr (kStoredPlanes >= 3) step = planes >= 3 ? 1.0f / (1 << gain(3)) : step;
-  if constexpr (kStoredPlanes >= 4) step = planes >= 4 ? 1.0f / (1 << gain(4)) : step;
-  return step;
-}
-
-// Rule (6.2): plane n + 1 is read iff n planes leave the addend above theta.
-__device__ __forceinline__ int planes_for(float excess) {
-  int planes = 1 + (excess > gain(1));
-  if constexpr (kStoredPlanes >= 3) planes += excess > gain(2);
-  if constexpr (kStoredPlanes >= 4) planes += excess > gain(3);
-  return planes;
-}
-
 __device__ __forceinline__ void load_heads(float (&x)[kGroup], const float* from) {
 #pragma unroll
   for (int block = 0; block < kHeadBlocks; ++block) {
@@ -61,18 +41,14 @@ __device__ __forceinline__ void store_heads(float* to, const float* x) {
   }
 }
 
-// What takes how long, roughly: a tile, finer planes of its keys, 32 rows of values.
-constexpr u32 kWorkOfTile = 8, kWorkOfKeys = 2, kWorkOfValues = 4;
-
 // A token a lane.
 struct Tokens {
   float score[kGroup];  // log2, relative to the hint
   float uncapped[kSoftcap ? kGroup : 1];
   u32 scales;           // key in the low half, value in the high
-  int token;
+  int first_token;      // of the tile
   float chance;         // with which the value row is read
-  int key_planes;       // wanted, or read
-  bool wants_value;
+  Plan key, value;      // what is to be read, or was
   SettledToken settled;
 
   __device__ __forceinline__ float key_scale() const { return scale_of(scales & 0xffff); }
@@ -81,7 +57,7 @@ struct Tokens {
   __device__ __forceinline__ void leave() {
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) score[g] = kNever;
-    key_planes = 1, wants_value = false;
+    key = Plan::one_plane(), value = Plan::skip(), chance = 1.0f;
   }
 };
 
@@ -95,6 +71,7 @@ class Worker {
         mine(shared.tiles[warp]),
         sequence(of_head / kSubgroups / arguments.cache.kv_heads),
         head(of_head / kSubgroups % arguments.cache.kv_heads),
+        rows(arguments.cache, sequence, head),
         part(of_head % kSubgroups),
         warp(warp),
         lane(lane_of_thread()),
@@ -103,37 +80,38 @@ class Worker {
 
   // Fetch the first key plane and the scales of a tile into a stage.
   __device__ __forceinline__ void fetch(const Range& range, int token, int stage) const {
-    const TileRows rows = TileRows::of(a.cache, sequence, head, token);
+    const TileRows at = TileRows::of(rows, token);
     const u32 to = shared_address(mine.key_first[stage]);
     if (token + kTile <= range.end) {
-      copy_tile<Side::Key, 0>(to, a.cache.key_planes[0], rows, lane);
+      copy_tile<0>(to, a.cache.key_planes[0], at, lane);
     } else {
       const u32 inside = (1u << (range.end - token)) - 1;
-      copy_rows<Side::Key, 0>(to, a.cache.key_planes[0], rows, inside, lane);
+      copy_rows<0>(to, a.cache.key_planes[0], at, inside, lane);
     }
     // Scales of tokens that are not attended are 0: nothing that lies there can leak.
     const bool valid = range.holds(token + lane);
     copy_async_or_zero<4>(shared_address(&mine.scales[stage][lane]),
-                          a.cache.scales + (valid ? rows.of_row(lane) : 0), valid);
+                          a.cache.scales + (valid ? at.of_row(lane) : 0), valid);
   }
 
   __device__ __forceinline__ void run(const Range& range, const Course& course, bool trusted);
   __device__ __forceinline__ Tokens open(const Range& range, int first_token, int stage);
-  __device__ __forceinline__ void fetch_finer(const Tokens& t, int first_token, FinerKeys& to);
+  __device__ __forceinline__ void fetch_finer(const Tokens& t, FinerKeys& to);
+  template <int kPlane>
+  __device__ __forceinline__ void fetch_rare(
+      const Tokens& t, int place_of_second, int place, FinerKeys& to);
   __device__ __forceinline__ void settle_reference(const Tokens& t, bool trusted);
   __device__ __forceinline__ void refine(Tokens& t, FinerKeys& keys);
-  __device__ __forceinline__ void add_rare_planes(Tokens& t, FinerKeys& keys);
-  __device__ __forceinline__ int settle(Tokens& t, float (&scaled)[kGroup]);
-  __device__ __forceinline__ int plan_value(const Tokens& t) const;
+  __device__ __forceinline__ void add_rare_planes(Tokens& t, int place, FinerKeys& keys);
+  __device__ __forceinline__ void settle(Tokens& t, float (&scaled)[kGroup]);
+  __device__ __forceinline__ Plan plan_value(const Tokens& t) const;
   __device__ __forceinline__ void add_to_classes(const Tokens& t, const float (&scaled)[kGroup]);
   __device__ __forceinline__ void push_values(
-      const Tokens& t, const float (&scaled)[kGroup], u32 wanted, int value_planes);
-  __device__ __forceinline__ void count_reads(int key_planes, int value_planes);
-  __device__ __forceinline__ void leave_reads();
+      const Tokens& t, const float (&scaled)[kGroup], u32 wanted);
   __device__ __forceinline__ void add_values();
   __device__ __forceinline__ float round_weight(
       u16* digits, float weight, float largest, float& lost) const;
-  __device__ __forceinline__ bool leave_weights(int planes);
+  __device__ __forceinline__ bool leave_weights(Plan plan);
   __device__ __forceinline__ void load_weights(int pass);
   template <class Body>
   __device__ __forceinline__ void with_weights(bool has_fine_weights, Body body);
@@ -155,14 +133,16 @@ class Worker {
   // The settled rule (settled_rule.cuh).
   __device__ __forceinline__ void start_settling(Tokens& t) const;
   template <int kPlanes>
-  __device__ __forceinline__ void keep_or_drop(Tokens& t, bool is_finer);
+  __device__ __forceinline__ void keep_or_drop(Tokens& t, int place, bool is_finer);
   __device__ __forceinline__ SettledToken settled_token(const Tokens& t) const;
   template <class SumsOfBound>
   __device__ __forceinline__ void start_sums(SumsOfBound& sums, const Course& course);
   __device__ __forceinline__ void leave_extremes();
 
-  // So many of a tile's rows that picking them costs more than it saves.
-  __device__ __forceinline__ static bool is_dense(u32 wanted) { return __popc(wanted) > kTile / 2; }
+  __device__ __forceinline__ int token_of(const Tokens& t) const { return t.first_token + lane; }
+
+  // This lane's place among those of a mask.
+  __device__ __forceinline__ int place_in(u32 lanes) const { return __popc(lanes & ((1u << lane) - 1)); }
 
   // log2 of a weight relative to the hint, from the score before the cap.
   __device__ __forceinline__ float capped(float x, int g) const {
@@ -175,10 +155,11 @@ class Worker {
   const DecodeArguments& a;
   DecodeShared& block;
   WarpTiles& mine;
-  const int sequence, head, part, warp, lane, r, c;
+  const int sequence, head;
+  const HeadRows rows;
+  const int part, warp, lane, r, c;
 
   int queued_values = 0;
-  u32 work = 0;  // done, in units of about 60 instructions
 
   // The rows whose products are being added.
   u32 weights[kHeadBlocks][2];
@@ -208,35 +189,33 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
     await_copies<1>();
     __syncwarp();
     if (is_open) refine(t, mine.finer);
-    work += is_open ? kWorkOfTile : 0;
     const bool has_next = token < course.end;
     Tokens next;
     if (has_next) {
       const int tile = Course::tile_at(token);
       next = open(range, tile, stage);
       if (!is_open) settle_reference(next, trusted);
-      fetch_finer(next, tile, mine.finer);
+      fetch_finer(next, mine.finer);
       const int ahead = token + kKeyStages * course.step;
       if (ahead < course.end) fetch(range, Course::tile_at(ahead), stage);
       stage = stage + 1 < kKeyStages ? stage + 1 : 0;
     }
     commit_copies();
     float weight[kGroup];  // times value scale, over the chance
-    int value_planes = 0;
     u32 wanted = 0;
     if (is_open) {
-      value_planes = settle(t, weight);
-      wanted = __ballot_sync(kAllLanes, t.wants_value);
+      settle(t, weight);
+      wanted = __ballot_sync(kAllLanes, t.value.reads_any());
     }
     const bool is_end = !is_open && !has_next;
-    const int room_wanted = is_end || is_dense(wanted) ? kTile : __popc(wanted);
+    const int room_wanted = is_end ? kTile : __popc(wanted);
     if (queued_values > 0 && queued_values + room_wanted > kTile) {
       await_copies<1>();  // all but what was asked for in this round
       __syncwarp();
       add_values();
     }
     if (is_end) break;
-    if (wanted) push_values(t, weight, wanted, value_planes);
+    if (wanted) push_values(t, weight, wanted);
     commit_copies();
     t = next, is_open = has_next;
   }
