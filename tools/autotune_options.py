@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignedkv.kernels.spec import DTYPES, HEAD_DIMS, LAYOUTS, DecodeSpec
-from alignedkv.kernels.tune.data import KINDS
 from alignedkv.kernels.tune.search import STRATEGIES
+from alignedkv.kernels.tune.synthetic import KINDS
 from alignedkv.planes import PlaneLayout
 from alignedkv.policy import BoundKind, PrecisionPolicy
 from autotune_sweep import CAPTURED

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from alignedkv.errors import TuningError
-from alignedkv.kernels.tune.data import KINDS
+from alignedkv.kernels.tune.synthetic import KINDS
 from benchlib.peers import LEADERS, PeerResult, fastest, measure_peer, named_peers
 from benchlib.problem import DecodeInputs, DecodeShape, reference_output
 from benchlib.results import report_failure, run_facts, write

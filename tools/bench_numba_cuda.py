@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from alignedkv.kernels.tune.data import KINDS
+from alignedkv.kernels.tune.synthetic import KINDS
 from benchlib.problem import DecodeShape, reference_output
 
 

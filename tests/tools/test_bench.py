@@ -7,7 +7,7 @@ torch = pytest.importorskip("torch")
 
 import bench as tool  # noqa: E402
 from alignedkv.errors import TuningError  # noqa: E402
-from alignedkv.kernels.tune.data import KINDS  # noqa: E402
+from alignedkv.kernels.tune.synthetic import KINDS  # noqa: E402
 from benchlib.data import (  # noqa: E402
     captured_inputs,
     effective_tokens,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from alignedkv.kernels.tune.data import synthetic_head, tiled
+from alignedkv.kernels.tune.data import tiled
+from alignedkv.kernels.tune.synthetic import synthetic_head
 from benchlib.problem import DecodeInputs, DecodeShape
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ __all__ = ["captured_inputs", "effective_tokens", "synthetic_inputs"]
 
 
 class TorchNumbers:
-    """`alignedkv.kernels.tune.data.Numbers` of a torch generator, on its device."""
+    """`alignedkv.kernels.tune.synthetic.Numbers` of a torch generator, on its device."""
 
     def __init__(self, generator: torch.Generator) -> None:
         import torch
@@ -52,7 +53,7 @@ class TorchNumbers:
 def synthetic_inputs(
     shape: DecodeShape, kind: str, *, seed: int = 0, device: str = "cuda"
 ) -> DecodeInputs:
-    """Inputs of one decode step with scores of a kind of `alignedkv.kernels.tune.data.KINDS`.
+    """Inputs of one decode step with scores of a kind of `alignedkv.kernels.tune.synthetic.KINDS`.
 
     Returns
     -------

@@ -45,8 +45,8 @@ class Problem:
     batch, kv_heads, tokens : int
     tolerance : float
     data : str
-        Kind of scores (one of `data.KINDS`, or "captured"): the bytes that a step reads depend on
-        them.
+        Kind of scores, one of `synthetic.KINDS` or "captured": the bytes that a step reads depend
+        on them.
     seed : int
         Of the data.
     """

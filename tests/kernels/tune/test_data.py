@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from alignedkv.errors import TuningError
-from alignedkv.kernels.tune.data import KINDS, Inputs, synthesise, tiled
+from alignedkv.kernels.tune.data import Inputs, synthesise, tiled
 from alignedkv.kernels.tune.oracle import exact_attention
+from alignedkv.kernels.tune.synthetic import KINDS
 
 SIZES = {"tokens": 700, "batch": 2, "kv_heads": 2, "group": 3, "head_dim": 64}
 
