@@ -23,12 +23,13 @@ from alignedkv.kernels.arrays import (
     HeadState,
     StepArguments,
 )
+from alignedkv.kernels.checks import check_query
 from alignedkv.kernels.reference_head import decode_head
 from alignedkv.kernels.reference_hints import read_hints
 from alignedkv.kernels.reference_rows import dequantise, encode, fit_transforms, refuse_lost_rows
 from alignedkv.kernels.sampling import stream_key
 from alignedkv.kernels.spec import DecodeSpec
-from alignedkv.kernels.storage import check_query, from_float64, to_float32
+from alignedkv.kernels.storage import from_float64, to_float32
 from alignedkv.policy import START_MARGIN
 
 __all__ = [

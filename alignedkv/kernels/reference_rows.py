@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from alignedkv.errors import ActivationError
 from alignedkv.kernels.arrays import Array, CacheArrays, StepArguments
+from alignedkv.kernels.checks import check_rows
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import (
     LOST_SCALE,
-    check_rows,
     exact_slots,
     row_addresses,
     to_float32,

@@ -1,4 +1,4 @@
-"""Where a cache's rows lie: allocation, the address of a row, sizes in bytes, checks, dtypes.
+"""Where a cache's rows lie: allocation, the address of a row, sizes in bytes, dtypes.
 
 Nothing here knows torch or CuPy: whoever allocates says how arrays are made.
 """
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from alignedkv.errors import LaunchError, SpecError
 from alignedkv.formats import BF16, bf16_to_float32, float32_to_bf16_bits, round_to
-from alignedkv.kernels.arrays import HEAD_HINTS, Array, CacheArrays, HeadState
+from alignedkv.kernels.arrays import Array, CacheArrays
 from alignedkv.kernels.spec import MAX_TOKENS, DecodeSpec
 from alignedkv.planes import dither_table, random_streams, row_bytes
 from alignedkv.transform import random_signs
@@ -102,7 +102,7 @@ def allocate(
 
 def numpy_zeros(shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
     """`zeros` for NumPy caches: bfloat16 as uint16 bit patterns."""
-    return np.zeros(shape, _held(dtype))
+    return np.zeros(shape, held_dtype(dtype))
 
 
 def allocate_numpy(spec: DecodeSpec, **sizes: int | None) -> CacheArrays:
@@ -118,7 +118,7 @@ def bytes_per_token(spec: DecodeSpec) -> int:
 
 def bytes_per_exact_row(spec: DecodeSpec) -> int:
     """Bytes that a token of one KV head takes besides where it is kept exact: K and V."""
-    return 2 * spec.head_dim * _held(spec.row_dtype).itemsize
+    return 2 * spec.head_dim * held_dtype(spec.row_dtype).itemsize
 
 
 def bytes_stored(
@@ -274,54 +274,9 @@ def from_float64(array: NDArray[np.float64], dtype: str) -> NDArray[np.generic]:
         return array.astype(dtype)
 
 
-def check_rows(spec: DecodeSpec, cache: CacheArrays, keys: Array, values: Array) -> None:
-    """Raise LaunchError unless keys and values [B, Hkv, S, D] fit behind the cache's lengths."""
-    batch, kv_heads, head_dim = cache.key_mean.shape
-    for name, rows in (("keys", keys), ("values", values)):
-        shape = tuple(rows.shape)
-        if len(shape) != 4 or shape[:2] != (batch, kv_heads) or shape[3] != head_dim:
-            raise LaunchError(
-                f"{name} have shape {shape}: this cache takes ({batch}, {kv_heads}, S, {head_dim})"
-            )
-        check_dtype(name, rows, spec.row_dtype)
-    if keys.shape != values.shape:
-        raise LaunchError(f"keys have {keys.shape[2]} rows and values {values.shape[2]}: give both")
-    longest, capacity = int(np.max(cache.lengths)) + keys.shape[2], capacity_of(spec, cache)
-    if longest > capacity:
-        raise LaunchError(
-            f"{keys.shape[2]} more tokens make {longest}, but the cache has room for {capacity}: "
-            "allocate a larger one"
-        )
-
-
-def check_query(
-    spec: DecodeSpec, cache: CacheArrays, query: Array, state: HeadState, sinks: Array | None
-) -> None:
-    """Raise LaunchError unless query [B, H, D], hints [B, H] and sinks [H] fit the cache."""
-    batch, kv_heads, head_dim = cache.key_mean.shape
-    heads = kv_heads * spec.group
-    if tuple(query.shape) != (batch, heads, head_dim):
-        raise LaunchError(
-            f"query has shape {tuple(query.shape)}: this cache takes ({batch}, {heads}, {head_dim})"
-        )
-    check_dtype("query", query, spec.query_dtype)
-    for name in HEAD_HINTS:
-        shape = tuple(getattr(state, name).shape)
-        if shape != (batch, heads):
-            raise LaunchError(f"state.{name} has shape {shape}: give ({batch}, {heads})")
-    if spec.sinks and (sinks is None or tuple(sinks.shape) != (heads,)):
-        given = None if sinks is None else tuple(sinks.shape)
-        raise LaunchError(f"sinks have shape {given}: give one logit a head, ({heads},)")
-    if not spec.sinks and sinks is not None:
-        raise LaunchError("sinks given to a spec without them: set DecodeSpec.sinks")
-
-
-def check_dtype(name: str, array: Array, dtype: str) -> None:
-    """Raise LaunchError unless a NumPy array holds the named dtype (bfloat16 as uint16)."""
-    wanted = _held(dtype)
-    if array.dtype != wanted:
-        pattern = ", as uint16 bit patterns" if dtype == "bfloat16" else ""
-        raise LaunchError(f"{name} are {array.dtype}: this spec takes {dtype}{pattern}")
+def held_dtype(dtype: str) -> np.dtype[np.generic]:
+    """What NumPy holds a named dtype in: bfloat16 as uint16 bit patterns."""
+    return np.dtype("uint16" if dtype == "bfloat16" else dtype)
 
 
 def _check_sizes(spec: DecodeSpec, batch: int, kv_heads: int, capacity: int, exact: int) -> None:
@@ -338,8 +293,3 @@ def _check_exact_rows(spec: DecodeSpec, exact: int) -> None:
             f"{exact} exact rows with DecodeSpec.exact_rows={spec.exact_rows}: set it exactly "
             "where exact_first + exact_last is positive"
         )
-
-
-def _held(dtype: str) -> np.dtype[np.generic]:
-    """What NumPy holds a named dtype in: bfloat16 as uint16 bit patterns."""
-    return np.dtype("uint16" if dtype == "bfloat16" else dtype)

@@ -19,6 +19,7 @@ from alignedkv.kernels.arrays import (
     HeadState,
     StepArguments,
 )
+from alignedkv.kernels.checks import check_query, check_rows
 from alignedkv.kernels.cpu import rows, step, tile
 from alignedkv.kernels.reference import (
     coarse,
@@ -31,8 +32,6 @@ from alignedkv.kernels.reference import (
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import (
     capacity_of,
-    check_query,
-    check_rows,
     from_float64,
     to_float32,
     write_exact_rows,

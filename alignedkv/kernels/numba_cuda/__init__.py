@@ -31,6 +31,7 @@ from alignedkv.kernels.arrays import (
     HeadState,
     StepArguments,
 )
+from alignedkv.kernels.checks import check_query
 from alignedkv.kernels.numba_cuda.columns import (
     CLASS_SUMS,
     FACTS,
@@ -45,7 +46,7 @@ from alignedkv.kernels.numba_cuda.sums import count_sums
 from alignedkv.kernels.reference import coarse, started, unknown_state
 from alignedkv.kernels.sampling import SAMPLING_FACTOR
 from alignedkv.kernels.spec import DecodeSpec
-from alignedkv.kernels.storage import capacity_of, check_query
+from alignedkv.kernels.storage import capacity_of
 from alignedkv.policy import BoundKind
 
 __all__ = ["decode", "emit", "launch", "launch_arguments", "probe"]
