@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -13,10 +14,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 from transformers import Cache, DynamicCache, StaticCache
 
+from alignedkv import runtime
 from alignedkv.errors import LaunchError, SpecError, UnsupportedModelError
-from alignedkv.policy import PrecisionPolicy
+from alignedkv.policy import PRESET_EXACT_FIRST, PrecisionPolicy
 from alignedkv.runtime import AlignedKVCache, make_request
-from tiny_models import tiny
+from tiny_models import CACHE, make_tiny, prompt, tiny
 
 KV_HEADS, HEAD_DIM, LAYERS, CAPACITY = 2, 64, 2, 48
 #: Rows come back from 16-bit words in units of a 7.5 * 2^12th of their largest transformed channel;
@@ -32,10 +34,12 @@ def rows(batch: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def assert_same(ours: tuple[Tensor, Tensor], stock: tuple[Tensor, Tensor], length: int) -> None:
+    """Rows that the default policy keeps exact are the same, the others as close as can be."""
     for near, exact in zip(ours, stock, strict=True):
         assert near.shape == exact.shape
         assert near.dtype == exact.dtype
         exact, near = exact[:, :, :length], near[:, :, :length]
+        assert torch.equal(near[:, :, :PRESET_EXACT_FIRST], exact[:, :, :PRESET_EXACT_FIRST])
         assert (near - exact).abs().max() <= READ_BACK * exact.abs().max()
 
 
@@ -201,6 +205,91 @@ def test_crop_and_exact_recent_rows_exclude_each_other() -> None:
 
 def test_exact_first_rows_are_croppable() -> None:
     assert filled(exact_first=4).is_croppable
+
+
+def crop_below_the_exact_rows(cache: Cache) -> None:
+    cache.crop(-(int(cache.get_seq_length()) - 2))
+
+
+def move(cache: Cache) -> None:
+    for layer in cache.layers:
+        layer.offload()
+        layer.prefetch()
+
+
+def chunks(cache: Cache) -> None:
+    for seed, tokens in enumerate((1, 5, 1, 300)):
+        for layer in range(LAYERS):
+            cache.update(*rows(2, tokens, 50 * seed + layer), layer)
+
+
+CALLS: dict[str, Callable[[Cache], Any]] = {
+    "crop": lambda cache: cache.crop(-15),
+    "crop below the exact rows": crop_below_the_exact_rows,
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+    "repeat": lambda cache: cache.batch_repeat_interleave(2),
+    "select": lambda cache: cache.batch_select_indices(torch.tensor([1, 1])),
+    "offload and fetch": move,
+    "grow": chunks,
+    "nothing": lambda cache: None,
+}
+
+
+#: A static cache keeps its batch, and older versions of transformers cannot crop it.
+OF_STATIC_CACHES = ("reorder", "offload and fetch", "grow", "nothing")
+
+
+@pytest.mark.parametrize("first", [1, 3, 20])
+@pytest.mark.parametrize(
+    ("static", "name"),
+    [*((False, name) for name in CALLS), *((True, name) for name in OF_STATIC_CACHES)],
+)
+def test_exact_rows_outlast_every_call(name: str, first: int, static: bool) -> None:
+    """Each call made to both caches, behind rows that come in two parts."""
+    config = tiny("Llama").config
+    size = {"max_cache_len": 400} if static else {}
+    stock = StaticCache(config, **size) if static else DynamicCache(config=config)
+    both = (AlignedKVCache(config, **size), stock)
+    for seed, tokens in enumerate((first, 20)):
+        for layer in range(LAYERS):
+            new = rows(2, tokens, 10 * seed + layer)
+            for cache in both:
+                cache.update(*new, layer)
+    for cache in both:
+        CALLS[name](cache)
+    both = (copy.deepcopy(both[0]), stock)
+    for layer in range(LAYERS):
+        batch = stock.layers[layer].keys.shape[0]
+        new = rows(batch, 7, 90 + layer)
+        ours, exact = (cache.update(*new, layer) for cache in both)
+        assert_same(ours, exact, int(stock.get_seq_length(layer)))
+        assert both[0].layers[layer].tensors.exact_rows == (PRESET_EXACT_FIRST, 0)
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 64])
+def test_a_reset_cache_keeps_the_exact_rows_of_the_next_request(max_cache_len: int | None) -> None:
+    cache = AlignedKVCache(tiny("Llama").config, max_cache_len=max_cache_len)
+    cache.update(*rows(2, 20, 0), 0)
+    cache.reset()
+    new = rows(2, 3, 1)
+    cache.update(*new, 0)
+    full = cache.update(*rows(2, 4, 2), 0)
+    for near, first, then in zip(full, new, rows(2, 4, 2), strict=True):
+        assert torch.equal(near[:, :, :7], torch.cat([first, then], dim=2))
+
+
+def test_exact_rows_are_those_behind_the_padding() -> None:
+    model, inputs = make_tiny("Llama"), prompt(2, 30)
+    mask = torch.ones_like(inputs)
+    mask[1, :13] = 0
+    with torch.no_grad():
+        stock = model(inputs, attention_mask=mask)[CACHE]
+        with runtime.patched(model):
+            ours = model(inputs, attention_mask=mask)[CACHE]
+    for layer, exact in zip(ours.layers, stock.layers, strict=True):
+        for kept, full in zip(layer.tensors.rows[-2:], (exact.keys, exact.values), strict=True):
+            assert torch.equal(kept[0], full[0, :, :4])
+            assert torch.equal(kept[1], full[1, :, 13:17])
 
 
 def test_copies_are_apart() -> None:

@@ -7,11 +7,12 @@ import torch
 from transformers import CompileConfig
 
 from alignedkv import runtime
-from alignedkv.policy import PrecisionPolicy
+from alignedkv.policy import model_policy
 from alignedkv.runtime import AlignedKVCache, make_request
 from tiny_models import CACHE, make_tiny, prompt
 
-POLICY = PrecisionPolicy(tolerance=2.0**-10)
+#: The default, but for the tolerance.
+POLICY = model_policy(tolerance=2.0**-10)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from transformers import DynamicCache, PreTrainedModel
 
 from alignedkv import runtime
 from alignedkv.errors import ActivationError
-from alignedkv.policy import PrecisionPolicy
+from alignedkv.policy import model_policy
 from tiny_models import CACHE, FAMILIES, make_tiny, prompt, tiny
 
 TOLERANCE = 2.0**-10
-POLICY = PrecisionPolicy(tolerance=TOLERANCE)
+#: The default, but for the tolerance.
+POLICY = model_policy(tolerance=TOLERANCE)
 NEW_TOKENS = 6
 #: How much larger than an attention output's the relative error of a logit of these models may be.
 AMPLIFICATION = 4.0

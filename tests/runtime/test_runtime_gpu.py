@@ -11,14 +11,15 @@ from transformers import CompileConfig, PreTrainedModel
 
 from alignedkv import runtime
 from alignedkv.errors import BoundMissedError
-from alignedkv.policy import PrecisionPolicy
+from alignedkv.policy import PrecisionPolicy, model_policy
 from alignedkv.runtime import AlignedKVCache, make_request
 from tiny_models import CACHE, FAMILIES, make_tiny, prompt
 
 pytestmark = pytest.mark.gpu
 
 TOLERANCE = 2.0**-9
-POLICY = PrecisionPolicy(tolerance=TOLERANCE)
+#: The default, but for the tolerance.
+POLICY = model_policy(tolerance=TOLERANCE)
 #: As in test_generate.py.
 AMPLIFICATION = 4.0
 
@@ -79,7 +80,7 @@ def test_modes(options: dict[str, Any]) -> None:
     options = {"max_new_tokens": 6, **options}
     torch.manual_seed(0)
     stock = model.generate(inputs, **options)
-    with runtime.patched(model, PrecisionPolicy(tolerance=2.0**-11), break_even=0):
+    with runtime.patched(model, model_policy(tolerance=2.0**-11), break_even=0):
         torch.manual_seed(0)
         ours = model.generate(inputs, **options)
         assert runtime.report(model).read_fraction.notna().all()
@@ -92,7 +93,7 @@ def test_left_padding_and_speculation() -> None:
     mask = torch.ones_like(inputs)
     mask[1, :13] = 0
     inputs[1, :13] = 0
-    fine = PrecisionPolicy(tolerance=2.0**-11)
+    fine = model_policy(tolerance=2.0**-11)
     for given, options in (
         (inputs, {"attention_mask": mask}),
         (inputs[:1], {"prompt_lookup_num_tokens": 3}),
@@ -110,7 +111,7 @@ def test_compiled_static_generate_under_cuda_graphs(family: str) -> None:
     model, inputs = on_gpu(family), prompt(1, 40).cuda()
     stock = model.generate(inputs, max_new_tokens=12, do_sample=False)
     config = CompileConfig(fullgraph=True, mode="reduce-overhead")
-    with runtime.patched(model, PrecisionPolicy(tolerance=2.0**-11), break_even=0):
+    with runtime.patched(model, model_policy(tolerance=2.0**-11), break_even=0):
         for _ in range(2):
             ours = model.generate(
                 inputs,
@@ -169,7 +170,7 @@ def test_steps_run_on_torchs_current_stream() -> None:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with (
-        runtime.patched(model, PrecisionPolicy(tolerance=2.0**-11), break_even=0),
+        runtime.patched(model, model_policy(tolerance=2.0**-11), break_even=0),
         torch.cuda.stream(side),
     ):
         ours = model.generate(inputs, max_new_tokens=6, do_sample=False)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alignedkv import runtime
-from alignedkv.policy import PrecisionPolicy
+from alignedkv.policy import model_policy
 from tiny_models import make_tiny, prompt
 
 TOLERANCE = 2.0**-10
@@ -32,7 +32,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 from alignedkv import runtime
-from alignedkv.policy import PrecisionPolicy
+from alignedkv.policy import model_policy
 
 folder, tolerance, options = Path(sys.argv[1]), float(sys.argv[2]), json.loads(sys.argv[3])
 try:
@@ -42,7 +42,7 @@ except (ImportError, TypeError):
     parallel = {"tp_plan": "auto"}
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **parallel).eval()
 tokens = torch.load(folder / "tokens.pt").to(model.device)
-with runtime.patched(model, PrecisionPolicy(tolerance=tolerance), break_even=0):
+with runtime.patched(model, model_policy(tolerance=tolerance), break_even=0):
     answer = model.generate(tokens, **options)
     report = runtime.report(model)
 told = {
@@ -84,7 +84,7 @@ def test_two_ranks_give_the_answer_of_one(device: str, backend: str, tmp_path: P
 
     model, tokens = model.to(device), tokens.to(device)
     stock = model.generate(tokens, **OPTIONS)
-    with runtime.patched(model, PrecisionPolicy(tolerance=TOLERANCE), break_even=0):
+    with runtime.patched(model, model_policy(tolerance=TOLERANCE), break_even=0):
         alone = model.generate(tokens, **OPTIONS)
     exact = torch.stack(stock.logits).cpu()
     for rank in range(2):
