@@ -22,6 +22,7 @@ from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.device_array import DeviceArray
 from alignedkv.kernels.legality import check_legal, default_config
 from alignedkv.kernels.spec import DecodeSpec
+from alignedkv.kernels.storage import held_dtype
 from alignedkv.kernels.target import DeviceTarget
 
 #: Shared memory that a block gets without asking for more, bytes.
@@ -105,7 +106,7 @@ class Place:
         import cupy
 
         with cupy.cuda.Device(self.device), self.stream:
-            return cupy.zeros(shape, "uint16" if dtype == "bfloat16" else dtype)
+            return cupy.zeros(shape, held_dtype(dtype))
 
     def copy(self, array: Array) -> Array:
         """CuPy copy of a torch or CuPy array."""

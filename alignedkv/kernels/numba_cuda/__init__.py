@@ -46,7 +46,7 @@ from alignedkv.kernels.numba_cuda.sums import count_sums
 from alignedkv.kernels.reference import coarse, started, unknown_state
 from alignedkv.kernels.sampling import SAMPLING_FACTOR
 from alignedkv.kernels.spec import DecodeSpec
-from alignedkv.kernels.storage import capacity_of
+from alignedkv.kernels.storage import capacity_of, held_dtype
 from alignedkv.policy import BoundKind
 
 __all__ = ["decode", "emit", "launch", "launch_arguments", "probe"]
@@ -236,9 +236,8 @@ def launch_arguments(
         classes=_new((places, splits, group, CLASS_SUMS, classes), "float64"),
         outputs=_new((places, splits, group, spec.channels), "float64"),
     )
-    query_dtype = "uint16" if spec.query_dtype == "bfloat16" else spec.query_dtype
     answer = Answer(
-        output=_new((*heads, head_dim), query_dtype),
+        output=_new((*heads, head_dim), held_dtype(spec.query_dtype).name),
         bound=_new(heads, "float32"),
         size=_new(heads, "float32"),
         missed=_new(heads, "uint8"),

@@ -15,7 +15,7 @@ from alignedkv.kernels import launch
 from alignedkv.kernels.arrays import Array, CacheArrays, DecodeResult, HeadState, StepArguments
 from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.legality import default_config
-from alignedkv.kernels.storage import allocate, bytes_read
+from alignedkv.kernels.storage import allocate, bytes_read, held_dtype
 from alignedkv.kernels.target import DeviceTarget
 from alignedkv.kernels.tune.data import Inputs
 from alignedkv.kernels.tune.oracle import CheckCase, check_case, exact_attention, policy_of
@@ -250,7 +250,7 @@ class Stage:
         return max(1, min(wanted, 1 + int(0.5 * free / size)))
 
     def _zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
-        return self._xp.zeros(shape, "uint16" if dtype == "bfloat16" else dtype)
+        return self._xp.zeros(shape, held_dtype(dtype))
 
     def _cast(self, numbers: Array, dtype: str) -> Array:
         """Finite float32 numbers rounded to a named dtype, bfloat16 as bit patterns."""
