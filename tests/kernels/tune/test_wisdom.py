@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,7 @@ from alignedkv.kernels.tune.wisdom import (
     winner_of,
     wisdom_path,
 )
+from alignedkv.policy import PrecisionPolicy, model_policy, output_policy
 from landscapes import PROBLEM, SPACE, SPEC, made_up_sweep, timed
 
 DEFAULT = default_config(SPEC, SM90)
@@ -233,6 +235,22 @@ def test_finding_wisdom_needs_no_search_library_and_no_gpu() -> None:
         "assert not {'optuna', 'cupy', 'torch'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("preset", [model_policy, output_policy])
+def test_shipped_winners_serve_the_presets(
+    preset: Callable[[], PrecisionPolicy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(wisdom.__file__).parent
+    monkeypatch.setattr(wisdom, "SHIPPED", folder)
+    spec = DecodeSpec.from_policy(preset(), head_dim=128, group=4)
+    shipped = read(folder / f"{SM90.arch}.json")
+    assert shipped
+    for best in shipped:
+        sizes = {"tokens": 1 << best.tokens_bucket, "heads": 1 << best.heads_bucket}
+        advice = find(spec, SM90, **sizes, source=best.source)
+        assert advice.config == best.config
+        assert "0 buckets away" in advice.reason
 
 
 def test_shipped_winners_can_be_read_and_are_legal() -> None:
