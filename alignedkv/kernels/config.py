@@ -42,8 +42,6 @@ class DecodeConfig:
     strided_tiles : bool
         Splits take tiles in turn, which balances heads with few important tokens; else each takes
         one run of neighbouring tiles.
-    share_by_work : bool
-        Heads get blocks in proportion to their work in the step before; else all the same.
     waves : int
         Blocks of the grid per block that fits on the GPU at once.
     encode_warps : int
@@ -54,7 +52,6 @@ class DecodeConfig:
     blocks_per_sm: int = _tunable(2, 1, 2, 3, 4)
     key_stages: int = _tunable(1, 1, 2, 3)
     strided_tiles: bool = _tunable(True, False, True)
-    share_by_work: bool = _tunable(False, False, True)
     waves: int = _tunable(1, 1, 2, 3, 4, in_kernel=False)
     encode_warps: int = _tunable(8, 4, 8, 16, of_step=False)
 

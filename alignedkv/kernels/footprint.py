@@ -54,7 +54,6 @@ def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     per_warp = heads * 4 * (classes + 2 + _sums(spec)) + 4 * _extremes(spec)
     fixed = query_bytes(spec) + heads * 4 * (_CONSTANTS + 1) + 8 * spec.stored_planes + 44
     tiles = config.warps * (_tile_bytes(spec, config) + _settled_bytes(spec, config))
-    outputs = config.warps * 4 * (spec.channels + 1) * 4
     merge = (
         4 * partial_floats(spec)
         + 4 * spec.subgroup * spec.channels * _dither_shares(spec, config)
@@ -62,7 +61,7 @@ def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     )
     alignment = _tile_alignment(spec)
     return _aligned(fixed + config.warps * per_warp, alignment) + _aligned(
-        max(tiles, outputs, merge), alignment
+        max(tiles, merge), alignment
     )
 
 
@@ -98,7 +97,7 @@ def _tile_alignment(spec: DecodeSpec) -> int:
     """``kTileAlignment`` of products.cuh."""
     widths = spec.layout.widths[: spec.stored_planes]
     rows = [min(row_bytes(spec.channels, width), 128) for width in widths]
-    return max(16, *(row for row in rows if row in (32, 64, 128)))
+    return max((row for row in rows if row in (32, 64, 128)), default=16)
 
 
 def _is_settled(spec: DecodeSpec) -> bool:

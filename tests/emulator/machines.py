@@ -59,6 +59,7 @@ INSTRUCTIONS = {
         "if ({2}) *reinterpret_cast<unsigned*>(dynamic + {0}) += {1}"
     ),
     "bar.sync 1, %0;": "wait_for({0})",
+    "atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;": "{0} = std::exchange(*{1}, *{1} + 1)",
     "ld.global.v4.f32 {%0,%1,%2,%3}, [%4];": (
         "{0} = {4}->x, {1} = {4}->y, {2} = {4}->z, {3} = {4}->w"
     ),

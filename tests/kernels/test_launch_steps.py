@@ -39,7 +39,6 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"key_stages": 2},
     {"key_stages": 3, "warps": 4},
     {"strided_tiles": False},
-    {"share_by_work": True},
     {"waves": 2},
 )
 LONG = recipe(shape={"tokens": 3000, "batch": 1})

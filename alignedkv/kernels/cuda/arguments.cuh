@@ -103,8 +103,6 @@ struct Workspace {
   float* retry_theta;  // [B, H] theta of the next pass
   u32* retry;          // [2, B, Hkv, subgroups] whether a head missed, in even and odd passes
   u32* arrived;        // [B, Hkv, subgroups] blocks that are done
-  u32* work;           // [B, Hkv, subgroups] what a head took in the step before (finish.cuh)
-  u32* work_so_far;    // [B, Hkv, subgroups] ... and of rows in this one
   u32* prepared;       // [B] blocks of prepare.cu that are done, of a sequence
   u32* all_prepared;   // [1] and of all
 };

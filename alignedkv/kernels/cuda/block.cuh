@@ -98,10 +98,11 @@ struct WarpTiles {
   u32 scales[kKeyStages][kTile];
 };
 
-// The rows of two lanes that share a bank are a channel apart.
+// Value products of a warp and four heads.  The rows of two lanes that share a bank are a channel apart.
 struct Outputs {
-  float of[kWarps][4][kChannels + 1];
+  float of[4][kChannels + 1];
 };
+static_assert(sizeof(Outputs) <= sizeof(WarpTiles));
 
 // What warps work in; with a statistical bound's sums, which lie behind the tiles.
 template <bool kHasSums>
@@ -118,7 +119,6 @@ struct WarpMemory<false> {
   WarpTiles tiles[kWarps];
   __device__ SettledSums::Memory& settled(int warp) const;  // nobody calls it
 };
-static_assert(sizeof(Outputs) <= sizeof(WarpTiles[kWarps]), "sums are wanted when outputs are left");
 
 struct DecodeShared {
   Query query;
@@ -140,7 +140,11 @@ struct DecodeShared {
   union {
     WarpTiles tiles[kWarps];
     WarpMemory<kSettled> warps;
-    Outputs outputs;
   };
+
+  // In the place of the warp's tiles.
+  __device__ __forceinline__ Outputs& outputs_of(int warp) {
+    return reinterpret_cast<Outputs&>(tiles[warp]);
+  }
 };
 static_assert(sizeof(DecodeShared) <= kSharedBytes);

@@ -44,10 +44,8 @@ __device__ __forceinline__ float one_minus_exp(float x) {
   return x * reciprocal_fast(fmaf(0.5f, x, 1.0f));
 }
 
-// e^x - 1 <= x + x^2/2 + (e - 5/2) x^3 for 0 <= x <= 1: all terms of the series are positive.
-__device__ __forceinline__ float expm1_below_1(float x) {
-  return x * fmaf(x, fmaf(x, 0.2183f, 0.5f), 1.0f);
-}
+// e^x - 1 <= x + (e - 2) x^2 for 0 <= x <= 1: all terms of the series are positive.
+__device__ __forceinline__ float expm1_below_1(float x) { return fmaf(0.7183f * x, x, x); }
 
 // e^x - 1 <= x e^(x/2) e^(x^2/24), since sinh(y) <= y e^(y^2/6).
 __device__ __forceinline__ float expm1_over(float x) {

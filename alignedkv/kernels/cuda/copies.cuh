@@ -98,6 +98,14 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return y;
 }
 
+// Count an arrival; what those have written who came before is there, and what this block has written
+// will be there for those who come later.  Returns how many came before.
+__device__ __forceinline__ u32 arrive(u32* count) {
+  u32 before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+  return before;
+}
+
 // Written by another block of this launch: past the L1.
 __device__ __forceinline__ float4 load_past_l1(const float4* from) {
   float4 x;

@@ -88,12 +88,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
     // A head that is not read again does not miss again.
     if (block < heads && !missed[block] && threadIdx.x == 0) missed_now(a, heads)[block] = 0;
   }
-  // The work of the step before is known: prepare.cu, which has started, began when that had ended.
   const Share share =
-      again           ? Share::of_missed(missed, heads, block, gridDim.x * gridDim.y)
-      : kShareByWork ? Share::by_work(a.workspace.work, heads, gridDim.x, block)
-                     : Share{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x),
-                             static_cast<int>(gridDim.x)};
+      again ? Share::of_missed(missed, heads, block, gridDim.x * gridDim.y)
+            : Share{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x),
+                    static_cast<int>(gridDim.x)};
   const int of_head = uniform(share.head), split = uniform(share.split);
   const int splits = uniform(share.splits);
   if (splits == 0) return;
@@ -146,7 +144,5 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
 
   release_next_kernel();
   if constexpr (kExactRows) worker.add_exact_rows(range, shared.share.split, shared.share.splits);
-  worker.leave_sums();
-  await_copies<0>();
   finish(a, shared, worker);
 }

@@ -1,5 +1,6 @@
 // Rows kept exact, and what a warp leaves to its block when all tiles are done.
 
+#include "warps.cuh"
 #include "worker.cuh"
 
 // ---- rows kept exact ------------------------------------------------------------------------------
@@ -60,21 +61,28 @@ __device__ __forceinline__ void Worker::add_exact_rows(
 
 // ---- the end of a warp ----------------------------------------------------------------------------
 
+// A lane's part of a sum of `DecodeShared::sums`.
+template <int kSum>
+__device__ __forceinline__ float Worker::sum_of_lane(int g) {
+  if constexpr (kSum == kTotal) return total[g];
+  if constexpr (kSum == kOffsets) return offsets[g];
+  if constexpr (kSum >= kFirstBound) return sums.template at<kSum - kFirstBound>(g);
+}
+
 __device__ __forceinline__ void Worker::leave_sums() {
-  float(&to)[kSumCount][kHeads] = block.sums[warp];
-#pragma unroll
-  for (int g = 0; g < kHeads; ++g) {
-    const int head_of = g < kGroup ? g : 0;
-    const bool exists = g < kGroup;
-    const float whole = exists ? warp_sum(total[head_of]) : 0.0f;
-    const float offset = exists ? warp_sum(offsets[head_of]) : 0.0f;
-    if (lane == 0) to[kTotal][g] = whole, to[kOffsets][g] = offset;
-    unrolled<0, Sums::kCount>([&](auto i) {
-      constexpr int kSum = decltype(i)::value;
-      const float sum = exists ? warp_sum(sums.template at<kSum>(head_of)) : 0.0f;
-      if (lane == 0) to[kFirstBound + kSum][g] = sum;
+  constexpr int kAtOnce = 16, kAll = kSumCount * kHeads;
+  float* to = &block.sums[warp][0][0];
+  unrolled<0, (kAll + kAtOnce - 1) / kAtOnce>([&](auto part) {
+    constexpr int kFirst = kAtOnce * decltype(part)::value;
+    float x[kAtOnce];
+    unrolled<0, kAtOnce>([&](auto i) {
+      constexpr int kIndex = kFirst + decltype(i)::value, kSum = kIndex / kHeads, g = kIndex % kHeads;
+      x[kIndex - kFirst] = 0.0f;
+      if constexpr (kIndex < kAll && g < kGroup) x[kIndex - kFirst] = sum_of_lane<kSum>(g);
     });
-  }
+    const float sum = warp_sums(x);
+    if (lane < kAtOnce && kFirst + lane < kAll) to[kFirst + lane] = sum;
+  });
   if constexpr (kSettled) leave_extremes();
   if constexpr (kSampleValues) {
     const float most = warp_max(largest_draw);
@@ -82,31 +90,15 @@ __device__ __forceinline__ void Worker::leave_sums() {
   }
 }
 
-// Value products of the block's warps, four heads at a time.
-__device__ __forceinline__ void leave_outputs(Worker& worker, DecodeShared& shared, Partial& part) {
+// Value products of four heads, to the memory of the warp's tiles.
+template <int kHeadBlock>
+__device__ __forceinline__ void Worker::leave_outputs() {
+  float* to = block.outputs_of(warp).of[c];
+  unrolled<0, kPieces>([&](auto piece) {
+    constexpr int kPiece = decltype(piece)::value;
 #pragma unroll
-  for (int b = 0; b < kHeadBlocks; ++b) {
-    float* to = shared.outputs.of[worker.warp][worker.c];
-    unrolled<0, kPieces>([&](auto piece) {
-      constexpr int kPiece = decltype(piece)::value;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        to[value_byte<kPiece>(worker.r) + j / 2 + (j % 2) * (kChannels / 2)] =
-            worker.output[b][4 * kPiece + j];
-      }
-    });
-    __syncthreads();
-    constexpr int kLast = kGroup - 4 * (kHeadBlocks - 1);
-    const int heads = b + 1 < kHeadBlocks ? 4 : kLast;
-    for (int i = threadIdx.x; i < heads * kChannels; i += kThreads) {
-      const int g = i / kChannels, channel = i % kChannels;
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) {
-        sum = fmaf(shared.factor[w][4 * b + g], shared.outputs.of[w][g][channel], sum);
-      }
-      store_past_l1(&part.output[4 * b + g][channel], sum);
+    for (int j = 0; j < 4; ++j) {
+      to[value_byte<kPiece>(r) + j / 2 + (j % 2) * (kChannels / 2)] = output[kHeadBlock][4 * kPiece + j];
     }
-    __syncthreads();
-  }
+  });
 }

@@ -24,24 +24,33 @@ struct Merge {
 
 // Factor of each warp's sums: 2^(its reference - the block's).
 __device__ __forceinline__ void set_warp_factors(DecodeShared& shared, Partial& part) {
-  if (thread_index() < kHeads) {
-    const int g = thread_index();
-    float top = shared.reference[0][g];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) top = fmaxf(top, shared.reference[w][g]);
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      shared.factor[w][g] = exp2_fast(shared.reference[w][g] - top);
-    }
-    store_past_l1(&part.reference[g], top);
+  const int warp = uniform(thread_index() / 32), lane = thread_index() % 32;
+  for (int g = warp; g < kHeads; g += kWarps) {
+    const float reference = lane < kWarps ? shared.reference[lane][g] : kNever;
+    const float top = warp_max(reference);
+    if (lane < kWarps) shared.factor[lane][g] = exp2_fast(reference - top);
+    if (lane == 0) store_past_l1(&part.reference[g], top);
 #pragma unroll
     for (int e = 0; e < kExtremes; ++e) {
       if (!is_kept(e)) continue;
-      float most = shared.extremes[0][e];
-#pragma unroll
-      for (int w = 1; w < kWarps; ++w) most = fmaxf(most, shared.extremes[w][e]);
-      store_past_l1(&part.extremes[e][g], most);
+      const float most = warp_max(lane < kWarps ? shared.extremes[lane][e] : kNever);
+      if (lane == 0) store_past_l1(&part.extremes[e][g], most);
     }
+  }
+}
+
+// Value products of the block, of head block kHeadBlock.
+template <int kHeadBlock>
+__device__ __forceinline__ void leave_block_outputs(DecodeShared& shared, Partial& part) {
+  constexpr int kFirst = 4 * kHeadBlock, kCount = kGroup - kFirst < 4 ? kGroup - kFirst : 4;
+  for (int i = thread_index(); i < kCount * kChannels; i += kThreads) {
+    const int g = i / kChannels, channel = i % kChannels;
+    float sum = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      sum = fmaf(shared.factor[w][kFirst + g], shared.outputs_of(w).of[g][channel], sum);
+    }
+    store_past_l1(&part.output[kFirst + g][channel], sum);
   }
 }
 
@@ -76,7 +85,7 @@ __device__ __forceinline__ void leave_block_sums(const DecodeShared& shared, Par
 // Factor of each split's sums: 2^(its reference - the largest).
 __device__ __forceinline__ void set_factors(
     float (*factor)[kHeads], Partial& whole, const Partial* parts, int splits) {
-  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  const int warp = uniform(thread_index() / 32), lane = thread_index() % 32;
   for (int g = warp; g < kHeads; g += kWarps) {
     float top = kNever, most[kExtremes];
 #pragma unroll
@@ -101,8 +110,9 @@ __device__ __forceinline__ void set_factors(
   }
 }
 
-// Four floats of a Partial, of some splits.
+// Four floats of a Partial are summed over the splits by kSplitShares threads, neighbours in a warp.
 constexpr int kColumns = (kGroup * kChannels + (kClassRows + kSumCount) * kHeads) / 4;
+constexpr int kSplitShares = kThreads >= 2 * kColumns ? 2 : 1;
 struct PartColumns {
   static constexpr int kBatch = 9;
   float4 x[kBatch];
@@ -112,10 +122,16 @@ struct PartColumns {
     constexpr int kStride = sizeof(Partial) / 16;
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
+      const int split = first + k * kSplitShares;
       x[k] = make_float4(0, 0, 0, 0);
-      if (first + k < splits) x[k] = load_past_l1(from + static_cast<i64>(first + k) * kStride);
+      if (column < kColumns && split < splits) {
+        x[k] = load_past_l1(from + static_cast<i64>(split) * kStride);
+      }
     }
   }
+  // Of the calling thread, which sums column after column.
+  __device__ __forceinline__ static int first_column() { return thread_index() / kSplitShares; }
+  __device__ __forceinline__ static int first_split() { return thread_index() % kSplitShares; }
 };
 
 // All columns of all splits, weighed by their factors.  `fetched`: the thread's first batch.
@@ -124,27 +140,38 @@ __device__ __forceinline__ void sum_parts(
     int splits) {
   constexpr int kOutputColumns = kGroup * kChannels / 4;
   constexpr int kSumColumn = kOutputColumns + kClassRows * kHeads / 4;
-  for (int column = thread_index(); column < kColumns; column += kThreads) {
+  constexpr int kColumnsAtOnce = kThreads / kSplitShares;
+  const int mine = PartColumns::first_column(), share = PartColumns::first_split();
+  for (int at = 0; at < kColumns; at += kColumnsAtOnce) {
+    const int column = at + mine;
     const bool is_output = column < kOutputColumns;
     const int head = is_output ? 4 * column / kChannels : 4 * (column % kHeadBlocks);
     const bool square = column >= kSumColumn && is_square((column - kSumColumn) / kHeadBlocks);
     float4 sum = make_float4(0, 0, 0, 0);
     PartColumns batch = fetched;
-    for (int first = 0; first < splits; first += PartColumns::kBatch) {
-      if (first > 0 || column >= kThreads) batch.fetch(parts, column, first, splits);
-      const float4(&x)[PartColumns::kBatch] = batch.x;
+    for (int first = share; first < splits; first += PartColumns::kBatch * kSplitShares) {
+      if (at > 0 || first > share) batch.fetch(parts, column, first, splits);
 #pragma unroll
       for (int k = 0; k < PartColumns::kBatch; ++k) {
-        if (first + k >= splits) break;
-        const float* of = factor[first + k] + head;
+        const int split = first + k * kSplitShares;
+        if (split >= splits) break;
+        const float4 x = batch.x[k];
+        const float* of = factor[split] + head;
         float4 f = is_output ? make_float4(of[0], of[0], of[0], of[0])
                              : make_float4(of[0], of[1], of[2], of[3]);
         if (square) f = make_float4(f.x * f.x, f.y * f.y, f.z * f.z, f.w * f.w);
-        sum.x = fmaf(f.x, x[k].x, sum.x), sum.y = fmaf(f.y, x[k].y, sum.y);
-        sum.z = fmaf(f.z, x[k].z, sum.z), sum.w = fmaf(f.w, x[k].w, sum.w);
+        sum.x = fmaf(f.x, x.x, sum.x), sum.y = fmaf(f.y, x.y, sum.y);
+        sum.z = fmaf(f.z, x.z, sum.z), sum.w = fmaf(f.w, x.w, sum.w);
       }
     }
-    reinterpret_cast<float4*>(&whole)[column] = sum;
+#pragma unroll
+    for (int distance = 1; distance < kSplitShares; distance *= 2) {
+      sum.x += __shfl_xor_sync(kAllLanes, sum.x, distance);
+      sum.y += __shfl_xor_sync(kAllLanes, sum.y, distance);
+      sum.z += __shfl_xor_sync(kAllLanes, sum.z, distance);
+      sum.w += __shfl_xor_sync(kAllLanes, sum.w, distance);
+    }
+    if (column < kColumns && share == 0) reinterpret_cast<float4*>(&whole)[column] = sum;
   }
 }
 

@@ -4,7 +4,7 @@
 
 __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_token, int stage) {
   Tokens t;
-  t.first_token = first_token;
+  t.first_token = first_token, t.first_class = dither_class(first_token);
   t.scales = mine.scales[stage][lane];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
@@ -21,7 +21,7 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
   {
     float product[kGroup], of_class[kGroup], unit[kGroup], offset[kGroup];
     load_heads(product, mine.scores[lane]);
-    load_heads(of_class, block.query.classes[dither_class(token_of(t))]);
+    load_heads(of_class, block.query.classes[class_of(t)]);
     load_heads(unit, block.query.numbers[kUnit16]);
     load_heads(offset, block.constants[kOffset]);
 #pragma unroll
@@ -66,7 +66,7 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
     }
   }
   if (first_token < range.first || first_token + kTile > range.end) {
-    if (!range.holds(token_of(t))) t.leave();
+    if (!range.holds(token_of(t))) t.leave(), t.scales = 0;
   }
   // A row kept exact has its turn in add_exact_rows.
   if (kExactRows && range.is_exact(a.cache, token_of(t))) t.leave();

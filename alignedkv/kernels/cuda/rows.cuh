@@ -102,9 +102,8 @@ __device__ __forceinline__ bool overfull(const Cache& cache, int length) {
 
 // Class s(t): the dither row of a token (planes.py, dither_class).
 __device__ __forceinline__ int dither_class(int token) {
-  const u32 block = static_cast<u32>(token) / kDitherRows;
-  const u32 mixed = block * 0x9e3779b1u;
-  return (token % kDitherRows) ^ static_cast<int>((mixed >> 16) & (kDitherRows - 1));
+  const u32 number = token, mixed = number / kDitherRows * 0x9e3779b1u;
+  return (number ^ mixed >> 16) % kDitherRows;
 }
 
 // Dither row of a class: keys (0) or values (1) [C].

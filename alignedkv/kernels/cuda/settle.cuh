@@ -73,7 +73,7 @@ __device__ __forceinline__ Plan Worker::plan_value(const Tokens& t) const {
 __device__ __forceinline__ void Worker::add_to_classes(
     const Tokens& t, const float (&scaled)[kGroup]) {
   if (t.value.reads_any()) {
-    float* of_class = block.classes[warp][own_class(dither_class(token_of(t)))];
+    float* of_class = block.classes[warp][own_class(class_of(t))];
     float sum[kGroup];
     load_heads(sum, of_class);
 #pragma unroll

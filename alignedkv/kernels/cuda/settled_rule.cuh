@@ -71,7 +71,7 @@ __device__ __forceinline__ void Worker::keep_or_drop(Tokens& t, int place, bool 
 __device__ __forceinline__ SettledToken Worker::settled_token(const Tokens& t) const {
   SettledToken token = t.settled;
   token.errs = t.score[0] != kNever;
-  token.of_class = own_class(dither_class(token_of(t)));
+  token.of_class = own_class(class_of(t));
   return token;
 }
 

@@ -49,29 +49,6 @@ struct Range {
 struct Share {
   int head, split, splits;  // splits = 0: nothing to do
 
-  // Blocks in proportion to what each head took in the step before, at least one each; all the same
-  // where there are more heads than lanes.  For all lanes of a warp.
-  __device__ __forceinline__ static Share by_work(
-      const u32* work /* [heads] */, int heads, int splits, int block) {
-    if (heads > 32) return {block / splits, block % splits, splits};
-    const int lane = lane_of_thread();
-    const u32 mine = lane < heads ? max(load_past_l1(work + lane), 1u) : 0;
-    u32 until = mine;  // of this head and those before
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const u32 before = __shfl_up_sync(kAllLanes, until, distance);
-      if (lane >= distance) until += before;
-    }
-    const u32 total = __shfl_sync(kAllLanes, until, 31);
-    const u64 to_share = static_cast<u64>(heads) * (splits - 1);
-    const int end = lane + 1 + static_cast<int>(to_share * until / total);  // of its blocks
-    const int head = __popc(__ballot_sync(kAllLanes, lane < heads && end <= block));
-    const int begin = head == 0 ? 0 : __shfl_sync(kAllLanes, end, max(head - 1, 0));
-    const int blocks = min(__shfl_sync(kAllLanes, end, head) - begin, kMaxSplits);
-    if (block - begin >= blocks) return {0, 0, 0};
-    return {head, block - begin, blocks};
-  }
-
   // Blocks of a repair, shared out evenly over the heads whose bound missed.  For all lanes of a warp.
   __device__ __forceinline__ static Share of_missed(
       const u32* missed /* [heads] */, int heads, int block, int blocks) {

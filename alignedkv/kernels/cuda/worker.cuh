@@ -47,6 +47,7 @@ struct Tokens {
   float uncapped[kSoftcap ? kGroup : 1];
   u32 scales;           // key in the low half, value in the high
   int first_token;      // of the tile
+  int first_class;      // its dither class; lane i's is this exclusive-or i
   float chance;         // with which the value row is read
   Plan key, value;      // what is to be read, or was
   SettledToken settled;
@@ -78,20 +79,22 @@ class Worker {
         r(lane_of_thread() / 4),
         c(lane_of_thread() % 4) {}
 
-  // Fetch the first key plane and the scales of a tile into a stage.
+  // Fetch the first key plane and the scales of a tile into a stage.  Of tokens that are not attended
+  // nothing is read.
   __device__ __forceinline__ void fetch(const Range& range, int token, int stage) const {
     const TileRows at = TileRows::of(rows, token);
-    const u32 to = shared_address(mine.key_first[stage]);
-    if (token + kTile <= range.end) {
-      copy_tile<0>(to, a.cache.key_planes[0], at, lane);
+    const u32 keys = shared_address(mine.key_first[stage]);
+    const u32 scale = shared_address(&mine.scales[stage][lane]);
+    const u32* scales = a.cache.scales + at.of_row(lane);
+    if (token >= range.first && token + kTile <= range.end) {
+      copy_tile<0>(keys, a.cache.key_planes[0], at, lane);
+      copy_async<4>(scale, scales);
     } else {
-      const u32 inside = (1u << (range.end - token)) - 1;
-      copy_rows<0>(to, a.cache.key_planes[0], at, inside, lane);
+      const bool is_attended = range.holds(token + lane);
+      const u32 attended = __ballot_sync(kAllLanes, is_attended);
+      copy_rows<0>(keys, a.cache.key_planes[0], at, attended, lane);
+      copy_async_if<4>(scale, scales, is_attended);
     }
-    // Scales of tokens that are not attended are 0: nothing that lies there can leak.
-    const bool valid = range.holds(token + lane);
-    copy_async_or_zero<4>(shared_address(&mine.scales[stage][lane]),
-                          a.cache.scales + (valid ? at.of_row(lane) : 0), valid);
   }
 
   __device__ __forceinline__ void run(const Range& range, const Course& course, bool trusted);
@@ -129,7 +132,11 @@ class Worker {
       const Operands& lower_digits, const Operands& upper_digits, float lower_step, float upper_step);
   __device__ __forceinline__ void clear_second_values();
   __device__ __forceinline__ void add_exact_rows(const Range& range, int split, int splits);
+  template <int kSum>
+  __device__ __forceinline__ float sum_of_lane(int g);
   __device__ __forceinline__ void leave_sums();
+  template <int kHeadBlock>
+  __device__ __forceinline__ void leave_outputs();
   // The settled rule (settled_rule.cuh).
   __device__ __forceinline__ void start_settling(Tokens& t) const;
   template <int kPlanes>
@@ -140,6 +147,8 @@ class Worker {
   __device__ __forceinline__ void leave_extremes();
 
   __device__ __forceinline__ int token_of(const Tokens& t) const { return t.first_token + lane; }
+
+  __device__ __forceinline__ int class_of(const Tokens& t) const { return t.first_class ^ lane; }
 
   // This lane's place among those of a mask.
   __device__ __forceinline__ int place_in(u32 lanes) const { return __popc(lanes & ((1u << lane) - 1)); }
@@ -173,7 +182,7 @@ class Worker {
   bool shifted = false;           // the reference is not the hint
 };
 
-// The tiles of the course, and at the end what is left in the queue.  There are two rounds more than
+// All tiles of the warp, and at the end what is left in the queue.  There are two rounds more than
 // tiles, so that the code of each stage stands once: instructions are fetched slower than executed.
 __device__ __forceinline__ void Worker::run(const Range& range, const Course& course, bool trusted) {
   if (course.token >= course.end) return;
@@ -181,23 +190,23 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
   Tokens t;
   int stage = 0;
   bool is_open = false;  // `t` is a tile
+  const int end = course.end, step = course.step;
   commit_copies();
 #pragma unroll 1
-  for (int token = course.token;; token += course.step) {
+  for (int token = course.token;; token += step) {
     // Two groups of copies a round: keys of the tiles ahead; values, which have time until the queue
     // is full.
     await_copies<1>();
     __syncwarp();
     if (is_open) refine(t, mine.finer);
-    const bool has_next = token < course.end;
+    const bool has_next = token < end;
     Tokens next;
     if (has_next) {
-      const int tile = Course::tile_at(token);
-      next = open(range, tile, stage);
+      next = open(range, Course::tile_at(token), stage);
       if (!is_open) settle_reference(next, trusted);
       fetch_finer(next, mine.finer);
-      const int ahead = token + kKeyStages * course.step;
-      if (ahead < course.end) fetch(range, Course::tile_at(ahead), stage);
+      const int ahead = token + kKeyStages * step;
+      if (ahead < end) fetch(range, Course::tile_at(ahead), stage);
       stage = stage + 1 < kKeyStages ? stage + 1 : 0;
     }
     commit_copies();
