@@ -60,9 +60,12 @@ def read_hints(state: HeadState, b: int, mine: slice, key: np.uint64) -> HeadHin
 
 
 def near_rows(count: int) -> NDArray[np.bool_]:
-    """Which of ``count`` attended rows are near: the first and the last of them."""
-    place = np.arange(count)
-    return (place < NEAR_FIRST) | (place >= count - NEAR_LAST)
+    """Which of ``count`` attended rows are near: the first and the last of them but the newest.
+
+    The newest is on its way into the cache while a GPU looks at the others.
+    """
+    place, newest = np.arange(count), count - 1
+    return (place < newest) & ((place < NEAR_FIRST) | (place >= newest - NEAR_LAST))
 
 
 def look_near(

@@ -47,8 +47,8 @@ def decode(
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("as many as are near", {"shape": {"tokens": NEAR_FIRST + NEAR_LAST}}),
-        ("one", {"shape": {"tokens": 1}}),
+        ("as many as are near", {"shape": {"tokens": NEAR_FIRST + NEAR_LAST + 1}}),
+        ("two", {"shape": {"tokens": 2}}),
         ("more", {"shape": {"tokens": 300}}),
         ("window", {"shape": {"tokens": 300}, "arguments": {"window": 200}}),
         ("padding", {"shape": {"tokens": 300}, "starts": (0, 90), "lengths": (260, 300)}),
@@ -60,21 +60,25 @@ def test_near_rows_are_summed_from_their_first_planes(name: str, changes: dict[s
     """Against the oracles' digits and Hadamard matrix, token by token."""
     p = make(recipe(**{**changes, "shape": {"kv_heads": 1, "group": 2, **changes["shape"]}}))
     found = near_of(p)
-    transform = oracles.hadamard_matrix(64) * p.cache.signs
     for b, head in np.ndindex(*p.query.shape[:2]):
         length, start = int(p.cache.lengths[b]), int(p.cache.starts[b])
         if p.arguments.window:
             start = max(start, length - p.arguments.window)
-        query = p.query[b, head].astype(np.float64)
-        turned = transform @ (p.cache.balance[b, 0] * query)
         total = 0.0
         for t in range(start, length):
-            if t < start + NEAR_FIRST or t >= length - NEAR_LAST:
-                score = turned @ first_plane(p, b, t) + query @ p.cache.key_mean[b, 0]
-                score *= p.arguments.scaling
-                cap = p.arguments.softcap
+            newest = length - 1
+            if t < newest and (t < start + NEAR_FIRST or t >= newest - NEAR_LAST):
+                score, cap = score_of_first_plane(p, b, head, t), p.arguments.softcap
                 total += np.exp(cap * np.tanh(score / cap) if cap else score)
         np.testing.assert_allclose(found.log_sum[b, head], np.log(total), rtol=0, atol=1e-9)
+
+
+def score_of_first_plane(p: Problem, b: int, head: int, t: int) -> float:
+    """Of a token of KV head 0, before a cap."""
+    query = p.query[b, head].astype(np.float64)
+    turned = oracles.hadamard_matrix(64) * p.cache.signs @ (p.cache.balance[b, 0] * query)
+    score = turned @ first_plane(p, b, t) + query @ p.cache.key_mean[b, 0]
+    return float(p.arguments.scaling * score)
 
 
 def first_plane(p: Problem, b: int, t: int) -> np.ndarray:
@@ -95,11 +99,12 @@ def test_nothing_is_near_in_an_empty_sequence() -> None:
 
 
 @given(st.integers(0, 400))
-def test_near_rows_are_the_first_and_the_last(count: int) -> None:
+def test_near_rows_are_the_first_and_the_last_but_the_newest(count: int) -> None:
     near = near_rows(count)
-    assert near.sum() == min(count, NEAR_FIRST + NEAR_LAST)
-    assert near[:NEAR_FIRST].all()
-    assert near[max(count - NEAR_LAST, 0) :].all()
+    older = max(count - 1, 0)
+    assert near.sum() == min(older, NEAR_FIRST + NEAR_LAST)
+    assert near[: min(NEAR_FIRST, older)].all()
+    assert near[max(older - NEAR_LAST, 0) : older].all()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -188,11 +193,17 @@ def test_the_rest_of_a_constant_query_converges_geometrically(implementation: Mo
     np.testing.assert_allclose(errors[5], (1 - REST_GAIN) ** 5 * errors[0], rtol=0.01, atol=1e-3)
 
 
-def test_where_all_rows_are_near_there_is_no_rest(implementation: ModuleType) -> None:
-    p = make(recipe(shape={"tokens": NEAR_FIRST + NEAR_LAST}, policy={"bound": "deterministic"}))
+def test_the_newest_row_is_rest(implementation: ModuleType) -> None:
+    tokens = NEAR_FIRST + NEAR_LAST + 1
+    p = make(
+        recipe(
+            shape={"tokens": tokens, "batch": 1, "kv_heads": 1, "group": 2},
+            policy={"bound": "deterministic"},
+        )
+    )
     found = decode(implementation, p, hinted(p, theta=np.inf), repairs=0)
-    np.testing.assert_allclose(found.state.log_z, near_of(p).log_sum, atol=1e-5)
-    assert np.isneginf(found.state.rest).all()
+    scores = [score_of_first_plane(p, 0, head, tokens - 1) for head in range(2)]
+    np.testing.assert_allclose(found.state.rest[0], scores - near_of(p).offset[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("bound", ["estimate", "deterministic", "statistical"])

@@ -57,12 +57,13 @@ def expect_log_z(cache, step, head, b, h, start, length):
     if step.kind == STATISTICAL:
         return
     group = len(head.facts)
-    near = min(length - start, NEAR_FIRST + NEAR_LAST)
+    older = length - 1  # rows but the newest
+    near = max(min(older - start, NEAR_FIRST + NEAR_LAST), 0)
     digits = np.empty((1, head.queries.shape[1]), np.float32)
     scores = np.empty((group, near))
     squares = 0.0
     for i in range(near):
-        t = start + i if i < NEAR_FIRST else length - near + i
+        t = start + i if i < NEAR_FIRST else older - near + i
         address = row_of(cache.block_table, cache.page, cache.heads, cache.capacity, b, h, t)
         key_scale = key_scale_of(cache.scales[address])
         squares += key_scale**2

@@ -1,6 +1,6 @@
 // What a step learns of its softmax before it plans: the log-sum-exp of the near rows' first scores.
 //
-// Near rows are the first and the last attended ones (policy.py, NEAR_FIRST).  They and the query's
+// Near rows are the first and the last attended ones but the newest (policy.py, NEAR_FIRST).  They and the query's
 // size hold most of what changes from token to token; the rest is remembered (state.rest).
 
 #include "products.cuh"
@@ -29,7 +29,9 @@ struct NearRows {
   u32 scale;  // bits of this lane's key scale
 
   __device__ __forceinline__ static bool is_near(const Range& range, int token) {
-    return range.holds(token) && (token < range.first + kNearFirst || token >= range.end - kNearLast);
+    const int end = range.end - 1;
+    return token >= range.first && token < end &&
+           (token < range.first + kNearFirst || token >= end - kNearLast);
   }
   // Tiles that hold the first rows, and the next that may hold some of the last.
   struct Tiles {
@@ -38,11 +40,7 @@ struct NearRows {
     __device__ __forceinline__ static Tiles of(const Range& range) {
       const int first = range.first / kTile;
       const int behind = (range.first + kNearFirst - 1) / kTile + 1;
-      return {first, behind, max(behind, max(range.end - kNearLast, 0) / kTile)};
-    }
-    // Where a tile stands among them, and back.
-    __device__ __forceinline__ int index(int tile) const {
-      return tile < behind_first ? tile - first : tile - last + behind_first - first;
+      return {first, behind, max(behind, max(range.end - 1 - kNearLast, 0) / kTile)};
     }
     __device__ __forceinline__ int tile(int index) const {
       return first + index < behind_first ? first + index : last + index - (behind_first - first);
@@ -56,26 +54,13 @@ struct NearRows {
     return near;
   }
 
-  // Fetch the rows older than token `before`.
-  __device__ __forceinline__ void fetch(
-      const Cache& cache, int sequence, int head, int before, NearTile& to) {
-    const int lane = lane_of_thread(), older = before - token;
-    const u32 wanted = older >= kTile ? rows : older > 0 ? rows & ((1u << older) - 1) : 0;
-    if (!wanted) return;
+  __device__ __forceinline__ void fetch(const Cache& cache, int sequence, int head, NearTile& to) {
+    const int lane = lane_of_thread();
+    if (!rows) return;
     const TileRows at = TileRows::of(HeadRows(cache, sequence, head), token);
-    copy_rows<0>(
-        shared_address(to.keys), cache.key_planes[0], at, wanted, lane);
+    copy_rows<0>(shared_address(to.keys), cache.key_planes[0], at, rows, lane);
     commit_copies();  // a wait is for committed copies only
-    if (wanted >> lane & 1) scale = cache.scales[at.of_row(lane)] & 0xffff;
-  }
-
-  // The row of the token that this step appends, from its words.
-  __device__ __forceinline__ static void put(const Words& words, int token, NearTile& to) {
-    const int row = token % kTile, swizzle = swizzle_of<kWidths[0]>(row);
-    for (int j = lane_of_thread(); j < kPlaneRowBytes[0] / 4; j += 32) {
-      const int byte = row * kPlaneRowBytes[0] + ((4 * j) ^ (16 * swizzle));
-      *reinterpret_cast<u32*>(to.keys + byte) = packed_bytes<0>(words, 4 * j);
-    }
+    if (rows >> lane & 1) scale = cache.scales[at.of_row(lane)] & 0xffff;
   }
 
   // Scores of the tile's near rows, summed.

@@ -11,10 +11,10 @@
 #include "rows.cuh"
 #include "warps.cuh"
 
-// Warps that turn queries, one that encodes the new key, one the new value.
-constexpr int kQueryWarps = 6;
+// Warps that turn queries and look at near rows, one that encodes the new key, one the new value.
+constexpr int kQueryWarps = 8;
 constexpr int kPrepareWarps = kQueryWarps + 2;
-static_assert(kNearTiles <= kPrepareWarps, "a warp looks at one tile of near rows");
+static_assert(kNearTiles <= kQueryWarps, "a warp looks at one tile of near rows");
 static_assert(kDitherRows % 16 == 0, "dither rows are multiplied 16 at a time");
 
 struct PrepareShared {
@@ -24,12 +24,11 @@ struct PrepareShared {
   float sum[kHeads];
   Words words[2];
   NearSums near[kNearTiles];
-  u32 newest_scale;  // of the appended key
   NearTile tiles[kUsesNearRows ? kNearTiles : 1];
 };
 static_assert(sizeof(PrepareShared) <= 48 * 1024);
 
-// Wait for the warps that turn queries alone.
+// Wait for the warps that turn queries, not for those that encode.
 __device__ __forceinline__ void await_query_warps() {
   asm volatile("bar.sync 1, %0;" :: "n"(32 * kQueryWarps) : "memory");
 }
@@ -73,8 +72,11 @@ __device__ void turn_query(
     rounding += fabsf(x[i] - unit * n);
     sum += n;
   }
-  base = warp_sum(base), norm1 = warp_sum(norm1), norm2 = sqrtf(warp_sum(norm2));
-  rounding = warp_sum(rounding), sum = __reduce_add_sync(kAllLanes, sum);
+  const float parts[4] = {base, norm1, norm2, rounding};
+  const float total = warp_sums(parts);
+  base = __shfl_sync(kAllLanes, total, 0), norm1 = __shfl_sync(kAllLanes, total, 1);
+  norm2 = sqrtf(__shfl_sync(kAllLanes, total, 2)), rounding = __shfl_sync(kAllLanes, total, 3);
+  sum = __reduce_add_sync(kAllLanes, sum);
   if (lane != 0) return;
 
   const float lambda = a.step.scaling;
@@ -117,8 +119,8 @@ __device__ __forceinline__ void store_scale(const Cache& cache, u32 row, int sid
 
 // One warp: the key (side 0) or the value (side 1) of the new token, as `encode_token` of rows.cuh does
 // one after the other.
-__device__ u32 append(const DecodeArguments& a, Words& words, int sequence, int head, int side,
-                      int token, int length) {
+__device__ void append(const DecodeArguments& a, Words& words, int sequence, int head, int side,
+                       int token, int length) {
   const Cache& cache = a.cache;
   const i64 of_head = head_index(cache, sequence, head);
   const u32 row = HeadRows(cache, sequence, head).of(token);
@@ -137,18 +139,34 @@ __device__ u32 append(const DecodeArguments& a, Words& words, int sequence, int 
   if (lane_of_thread() == 0) store_scale(cache, row, side, scale);
   if constexpr (kExactRows) {
     const int slot = exact_slot(cache, token, cache.starts[sequence], length);
-    if (slot < 0) return scale;
+    if (slot < 0) return;
     RowBits* to = (side == 0 ? cache.exact_keys : cache.exact_values) +
                   exact_offset(cache, of_head, slot);
     for (int c = lane_of_thread(); c < kHeadDim; c += kWarpSize) to[c] = from[c];
   }
-  return scale;
 }
+
+// 16 dither rows, as a lane multiplies them: rows r and r + 8 of each slot.
+struct DitherRows {
+  uint2 entries[kSlots][2];
+
+  __device__ __forceinline__ void fetch(const i16* dither, int first_row) {
+    const int r = lane_of_thread() / 4, c = lane_of_thread() % 4;
+#pragma unroll
+    for (int s = 0; s < kSlots; ++s) {
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        const i16* row = dither + (first_row + r + 8 * k) * kChannels;
+        entries[s][k] = *reinterpret_cast<const uint2*>(row + slot_channel(s, c));
+      }
+    }
+  }
+};
 
 // 16 dither rows times the queries of four heads -> what a class adds to a score, per unit of g:
 // 7.5 for the middle of the first digit and the offset of the words, and the dither itself.
 __device__ __forceinline__ void class_products(
-    const i16* dither, PrepareShared& shared, int first_row, int block) {
+    const DitherRows& rows, PrepareShared& shared, int first_row, int block) {
   const int lane = lane_of_thread(), r = lane / 4, c = lane % 4;
   int high[4] = {}, low[4] = {};
 #pragma unroll
@@ -156,8 +174,7 @@ __device__ __forceinline__ void class_products(
     u32 upper[4], lower[4], q[2];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {  // a0 .. a3: row r + 8 (k % 2), slot s + k / 2
-      const i16* row = dither + (first_row + r + 8 * (k % 2)) * kChannels;
-      const uint2 entries = *reinterpret_cast<const uint2*>(row + slot_channel(s + k / 2, c));
+      const uint2 entries = rows.entries[s + k / 2][k % 2];
       upper[k] = __byte_perm(entries.x, entries.y, 0x7531);
       lower[k] = __byte_perm(entries.x, entries.y, 0x6420);
     }
@@ -183,6 +200,11 @@ __device__ __forceinline__ void class_products(
 __device__ __forceinline__ void turn_queries(
     const DecodeArguments& a, PrepareShared& shared, i64 of_head, int part, int warp) {
   const int lane = lane_of_thread();
+  // The dither does not wait for queries.
+  DitherRows rows;
+  if (16 * (warp / kHeadBlocks) < kDitherRows) {
+    rows.fetch(a.cache.dither, 16 * (warp / kHeadBlocks));
+  }
   for (int g = kGroup + warp; g < kHeads; g += kQueryWarps) {
     for (int c = lane; c < kChannels; c += 32) shared.numbers[g][c] = 0;
     if (lane == 0) shared.unit[g] = shared.sum[g] = 0;
@@ -201,7 +223,9 @@ __device__ __forceinline__ void turn_queries(
   }
   await_query_warps();
   for (int i = warp; i < kDitherRows / 16 * kHeadBlocks; i += kQueryWarps) {
-    class_products(a.cache.dither, shared, i / kHeadBlocks * 16, i % kHeadBlocks);
+    const int first_row = i / kHeadBlocks * 16;
+    if (i != warp) rows.fetch(a.cache.dither, first_row);
+    class_products(rows, shared, first_row, i % kHeadBlocks);
   }
 }
 
@@ -226,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
   NearRows near = {};
   if (kUsesNearRows && warp < kNearTiles) {
     near = NearRows::of(range, warp);
-    near.fetch(a.cache, sequence, kv_head, before, shared.tiles[warp]);
+    near.fetch(a.cache, sequence, kv_head, shared.tiles[warp]);
   }
   __syncthreads();  // all threads of the block have read the length and the step
   if (warp >= kQueryWarps) {
@@ -234,9 +258,6 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
     // When all blocks of a sequence have read its length, and all blocks the counter of steps, the
     // last may advance them.
     if (side == 0 && lane == 0) {
-      shared.query.length = fits ? length : -1;
-      shared.query.stream =
-          mix(mix(mix(a.step.seed + kSpread) ^ step) ^ static_cast<u32>(of_head));
       if (atomicAdd(a.workspace.prepared + sequence, 1) == gridDim.x - 1) {
         a.workspace.prepared[sequence] = 0;
         if (fits) a.cache.lengths[sequence] = length;
@@ -252,18 +273,19 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
       a.result.reads[(of_head * 2 + side) * kStoredPlanes + lane] = 0;
     }
     if (a.rows.tokens == 1 && fits) {
-      const u32 scale = append(a, shared.words[side], sequence, kv_head, side, before, length);
-      if (kUsesNearRows && side == 0) {
-        if (lane == 0) shared.newest_scale = scale;
-        const int index = NearRows::Tiles::of(range).index(before / kTile);
-        NearRows::put(shared.words[side], before, shared.tiles[index]);
-      }
+      append(a, shared.words[side], sequence, kv_head, side, before, length);
     }
+    return;
+  }
+  if (threadIdx.x == 0) {
+    shared.query.length = fits ? length : -1;
+    shared.query.stream =
+        mix(mix(mix(a.step.seed + kSpread) ^ step) ^ static_cast<u32>(of_head));
   }
   await_copies<0>();
 #pragma unroll 1
   for (int part = 0; part < kSubgroups; ++part) {
-    if (part > 0) __syncthreads();  // the part before has been left
+    if (part > 0) await_query_warps();  // the part before has been left
     // Known from the step before; wanted when the near rows are summed.
     const i64 of_part = of_head * kSubgroups + part, query_head = of_part * kGroup + threadIdx.x;
     float rest = 0, log_z = 0, spread = 0;
@@ -274,23 +296,20 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
         log_z = a.state.log_z[query_head], spread = a.state.spread[query_head];
       }
     }
-    if (warp < kQueryWarps) turn_queries(a, shared, of_head, part, warp);
-    __syncthreads();  // queries, the new row and the fetched ones are there
+    turn_queries(a, shared, of_head, part, warp);
+    await_query_warps();
     if constexpr (kUsesNearRows) {
-      if (part == 0 && a.rows.tokens == 1 && near.token + lane == before) {
-        near.scale = shared.newest_scale;
-      }
       if (warp < kNearTiles) near.add_up(a, shared.query, shared.tiles[warp], shared.near[warp]);
-      __syncthreads();
+      await_query_warps();
       if (threadIdx.x < kGroup) set_hint(a, shared.near, shared.query, rest, threadIdx.x);
     } else if (threadIdx.x < kGroup) {
       shared.query.numbers[kLogZ][threadIdx.x] = log_z;
       shared.query.numbers[kToldSpread][threadIdx.x] = spread;
     }
-    __syncthreads();
+    await_query_warps();
     uint4* to = reinterpret_cast<uint4*>(a.workspace.queries + of_part * sizeof(Query));
     const uint4* from = reinterpret_cast<const uint4*>(&shared.query);
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Query)) / 16; i += 32 * kPrepareWarps) {
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(Query)) / 16; i += 32 * kQueryWarps) {
       to[i] = from[i];
     }
   }

@@ -26,7 +26,7 @@ from alignedkv.kernels.workspace import Workspace, allocate_workspace
 from alignedkv.policy import START_MARGIN
 
 #: Warps of a block of prepare.cu; ``kPrepareWarps`` there.
-PREPARE_WARPS = 8
+PREPARE_WARPS = 10
 #: `NewRows` of a step that appends nothing.
 _NO_ROWS = {
     "keys": None,

@@ -61,10 +61,11 @@ def near_function(spec: DecodeSpec, threads: int) -> Any:
         dots = cuda.local.array(1, np.float64)
         score = cuda.local.array(1, np.float64)
         start, length = token_range(cache, home, step.window)
-        count = min(length - start, _NEAR)
+        older = length - 1  # rows but the newest
+        count = max(min(older - start, _NEAR), 0)
         scratch[0, lane], squares = -np.inf, 0.0
         for i in range(lane, count, threads):
-            t = start + i if i < NEAR_FIRST else length - count + i
+            t = start + i if i < NEAR_FIRST else older - count + i
             address = row_of(cache, home, t)
             scale = np.float64(bfloat16(np.int64(cache.scales[address]) & 0xFFFF))
             score_first(
