@@ -28,8 +28,8 @@ FEEDBACK_GAIN = 0.25
 START_MARGIN = 1.0
 MARGIN_RISE, MARGIN_FALL = 0.25, 0.002
 MARGIN_RANGE = (0.15, 3.0)
-#: Near rows: the first and the last of the attended tokens but the newest, whose scores a step looks
-#: at before it plans.  They hold most of what changes from one query to the next.
+#: Near rows: the first and the last of the attended tokens but the newest, whose scores a step
+#: looks at before it plans.  They hold most of what changes from one query to the next.
 NEAR_FIRST, NEAR_LAST = 4, 128
 #: What a unit of (lambda ||q'|| g)^2 adds to log Z: half the variance of a score whose key has
 #: entries of root mean square 7.5 g / sqrt 8, as a rotated row of 64 to 256 channels has.

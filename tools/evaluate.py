@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--exact-first",
         type=int,
         default=PRESET_EXACT_FIRST,
-        help="first tokens whose rows are kept as they are (default: %(default)s, as in the presets)",
+        help="first tokens whose rows are kept as they are (default: %(default)s, as in presets)",
     )
     parser.add_argument(
         "--rivals", default="all", help="'all', 'none' or names separated by commas"
