@@ -48,8 +48,8 @@ class DecodeConfig:
         Warps, and so rows in flight, of a block of encode.cu and dequantise.cu.
     """
 
-    warps: int = _tunable(8, 4, 6, 8, 12, 16)
-    blocks_per_sm: int = _tunable(2, 1, 2, 3, 4)
+    warps: int = _tunable(16, 4, 6, 8, 12, 16)
+    blocks_per_sm: int = _tunable(1, 1, 2, 3, 4)
     key_stages: int = _tunable(1, 1, 2, 3)
     strided_tiles: bool = _tunable(True, False, True)
     waves: int = _tunable(1, 1, 2, 3, 4, in_kernel=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from alignedkv.errors import CodegenError
-from alignedkv.kernels.config import CHOICES, TILE, WARP, DecodeConfig, products
+from alignedkv.kernels.config import CHOICES, WARP, DecodeConfig, products
 from alignedkv.kernels.footprint import padded_heads, shared_bytes
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
@@ -40,17 +40,22 @@ def default_config(spec: DecodeSpec, target: DeviceTarget) -> DecodeConfig:
         If nothing fits the target.
     """
     first = DecodeConfig()
-    legal = [
-        config
-        for blocks, warps in itertools.product((2, 1), (first.warps, 6, 4))
-        if not restrictions(
-            spec, config := replace(first, blocks_per_sm=blocks, warps=warps), target
-        )
-    ]
+    legal = [config for config in _by_warps(first) if not restrictions(spec, config, target)]
     if not legal:
         check_legal(spec, first, target)
     roomy = (config for config in legal if not spills(spec, config, target))
     return next(roomy, legal[-1])
+
+
+def _by_warps(config: DecodeConfig) -> list[DecodeConfig]:
+    """``config`` with any warps in one block an SM, or two: most warps first, then one block."""
+    crowds = itertools.product((1, 2), CHOICES["warps"])
+    ordered = sorted(crowds, key=lambda crowd: (-crowd[0] * crowd[1], crowd[0]))
+    return [
+        replace(config, blocks_per_sm=blocks, warps=warps)
+        for blocks, warps in ordered
+        if blocks * warps <= config.blocks_per_sm * config.warps
+    ]
 
 
 def spills(spec: DecodeSpec, config: DecodeConfig, target: DeviceTarget) -> bool:
@@ -68,11 +73,8 @@ def _registers_without_spills(spec: DecodeSpec, target: DeviceTarget) -> int:
     """What decode.cu takes at most, read from the compiler (test_resources.py)."""
     if padded_heads(spec) > 4:
         return MAX_REGISTERS
-    small_pages = spec.page_tokens is not None and spec.page_tokens < TILE
-    if spec.bound is not BoundKind.ESTIMATE or small_pages:
-        return 160 if spec.channels <= 128 else MAX_REGISTERS
     if spec.channels > 128:
-        return 176
+        return 168 if spec.bound is BoundKind.ESTIMATE else MAX_REGISTERS
     return 136 if target.arch == "sm_100" else 128
 
 

@@ -140,7 +140,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   await_copies<0>();
   __syncwarp();
   if constexpr (kSettled) worker.start_sums(worker.sums, course);
-  worker.run(range, course, shared.trusted);
+  worker.run(range, course);
 
   release_next_kernel();
   if constexpr (kExactRows) worker.add_exact_rows(range, shared.share.split, shared.share.splits);

@@ -4,7 +4,7 @@
 
 __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_token, int stage) {
   Tokens t;
-  t.first_token = first_token, t.first_class = dither_class(first_token);
+  t.first_token = first_token;
   t.scales = mine.scales[stage][lane];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -14,6 +14,7 @@
 // Warps that turn queries and look at near rows, one that encodes the new key, one the new value.
 constexpr int kQueryWarps = 8;
 constexpr int kPrepareWarps = kQueryWarps + 2;
+static_assert(kGroup <= kQueryWarps, "a warp turns one query at first");
 static_assert(kNearTiles <= kQueryWarps, "a warp looks at one tile of near rows");
 static_assert(kDitherRows % 16 == 0, "dither rows are multiplied 16 at a time");
 
@@ -41,12 +42,16 @@ __device__ __forceinline__ void touch(const void* from, int bytes) {
   }
 }
 
-// One warp: query head -> its numbers and 16-bit integers.
-__device__ void turn_query(
-    const DecodeArguments& a, PrepareShared& shared, i64 of_head, int part, int g) {
-  const int lane = lane_of_thread();
-  float x[kPerLane];
+// Query head g of a part of a KV head's group.
+__device__ __forceinline__ void load_query(
+    float (&x)[kPerLane], const DecodeArguments& a, i64 of_head, int part, int g) {
   load_row<kQueryDtype>(x, a.query + ((of_head * kSubgroups + part) * kGroup + g) * kHeadDim);
+}
+
+// One warp: query head g, in x -> its numbers and 16-bit integers.
+__device__ void turn_query(
+    float (&x)[kPerLane], const DecodeArguments& a, PrepareShared& shared, i64 of_head, int g) {
+  const int lane = lane_of_thread();
   float base = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
@@ -117,18 +122,19 @@ __device__ __forceinline__ void store_scale(const Cache& cache, u32 row, int sid
   reinterpret_cast<u16*>(cache.scales + row)[side] = static_cast<u16>(scale_bits);
 }
 
-// One warp: the key (side 0) or the value (side 1) of the new token, as `encode_token` of rows.cuh does
-// one after the other.
-__device__ void append(const DecodeArguments& a, Words& words, int sequence, int head, int side,
-                       int token, int length) {
+// The key (side 0) or the value (side 1) of the new token.
+__device__ __forceinline__ const RowBits* new_row(
+    const DecodeArguments& a, int sequence, int head, int side) {
+  const auto& strides = side == 0 ? a.rows.key_strides : a.rows.value_strides;
+  return (side == 0 ? a.rows.keys : a.rows.values) + sequence * strides[0] + head * strides[1];
+}
+
+// One warp: append it, in x, as `encode_token` of rows.cuh does one side after the other.
+__device__ void append(float (&x)[kPerLane], const DecodeArguments& a, Words& words, int sequence,
+                       int head, int side, int token, int length) {
   const Cache& cache = a.cache;
   const i64 of_head = head_index(cache, sequence, head);
   const u32 row = HeadRows(cache, sequence, head).of(token);
-  const auto& strides = side == 0 ? a.rows.key_strides : a.rows.value_strides;
-  const RowBits* from = (side == 0 ? a.rows.keys : a.rows.values) +
-                        sequence * strides[0] + head * strides[1];
-  float x[kPerLane];
-  load_row<kRowDtype>(x, from);
   if (side == 0) {
     transform_key(x, cache, of_head);
   } else {
@@ -140,6 +146,7 @@ __device__ void append(const DecodeArguments& a, Words& words, int sequence, int
   if constexpr (kExactRows) {
     const int slot = exact_slot(cache, token, cache.starts[sequence], length);
     if (slot < 0) return;
+    const RowBits* from = new_row(a, sequence, head, side);
     RowBits* to = (side == 0 ? cache.exact_keys : cache.exact_values) +
                   exact_offset(cache, of_head, slot);
     for (int c = lane_of_thread(); c < kHeadDim; c += kWarpSize) to[c] = from[c];
@@ -197,8 +204,10 @@ __device__ __forceinline__ void class_products(
 }
 
 // The warps that turn queries: digits, numbers and class products of a part of a KV head's group.
+// `x`: query head `warp` of the first part.
 __device__ __forceinline__ void turn_queries(
-    const DecodeArguments& a, PrepareShared& shared, i64 of_head, int part, int warp) {
+    float (&x)[kPerLane], const DecodeArguments& a, PrepareShared& shared, i64 of_head, int part,
+    int warp) {
   const int lane = lane_of_thread();
   // The dither does not wait for queries.
   DitherRows rows;
@@ -211,7 +220,8 @@ __device__ __forceinline__ void turn_queries(
     if (lane < kNumbers) shared.query.numbers[lane][g] = 0;
   }
   for (int g = warp; g < kGroup; g += kQueryWarps) {
-    turn_query(a, shared, of_head, part, g);
+    if (part > 0 || g != warp) load_query(x, a, of_head, part, g);
+    turn_query(x, a, shared, of_head, g);
   }
   await_query_warps();
   for (int i = threadIdx.x; i < kHeadBlocks * kSlots * 32; i += 32 * kQueryWarps) {
@@ -243,6 +253,11 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
   await_previous_kernel();
   release_next_kernel();
 
+  float x[kPerLane];  // what the warp has to work on first
+  if (warp < kGroup) load_query(x, a, of_head, 0, warp);
+  if (warp >= kQueryWarps && a.rows.tokens == 1) {
+    load_row<kRowDtype>(x, new_row(a, sequence, kv_head, warp - kQueryWarps));
+  }
   const int before = a.cache.lengths[sequence], length = before + a.rows.tokens;
   const u32 step = *a.state.step;
   const bool fits = !overfull(a.cache, length);
@@ -273,11 +288,11 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
       a.result.reads[(of_head * 2 + side) * kStoredPlanes + lane] = 0;
     }
     if (a.rows.tokens == 1 && fits) {
-      append(a, shared.words[side], sequence, kv_head, side, before, length);
+      append(x, a, shared.words[side], sequence, kv_head, side, before, length);
     }
     return;
   }
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 32 * (kQueryWarps - 1)) {
     shared.query.length = fits ? length : -1;
     shared.query.stream =
         mix(mix(mix(a.step.seed + kSpread) ^ step) ^ static_cast<u32>(of_head));
@@ -296,7 +311,7 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
         log_z = a.state.log_z[query_head], spread = a.state.spread[query_head];
       }
     }
-    turn_queries(a, shared, of_head, part, warp);
+    turn_queries(x, a, shared, of_head, part, warp);
     await_query_warps();
     if constexpr (kUsesNearRows) {
       if (warp < kNearTiles) near.add_up(a, shared.query, shared.tiles[warp], shared.near[warp]);

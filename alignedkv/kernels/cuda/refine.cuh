@@ -4,13 +4,13 @@
 
 // Weights are relative to the hint exp(L). Where the hint is off so far that they would leave the
 // floats, the warp counts from the largest score of its first tile instead.
-__device__ __forceinline__ void Worker::settle_reference(const Tokens& t, bool trusted) {
+__device__ __forceinline__ void Worker::settle_reference(const Tokens& t) {
   constexpr float kHighest = 20.0f, kLowest = -100.0f;  // log2
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     const float largest = warp_max(t.score[g]);
     const bool is_high = largest > kHighest;
-    const bool is_low = !trusted && largest < kLowest && largest > 0.5f * kNever;
+    const bool is_low = !block.trusted && largest < kLowest && largest > 0.5f * kNever;
     const float reference = is_high || is_low ? largest : 0.0f;
     shifted |= is_high || is_low;
     if (lane == 0) block.reference[warp][g] = reference;

@@ -46,8 +46,7 @@ struct Tokens {
   float score[kGroup];  // log2, relative to the hint
   float uncapped[kSoftcap ? kGroup : 1];
   u32 scales;           // key in the low half, value in the high
-  int first_token;      // of the tile
-  int first_class;      // its dither class; lane i's is this exclusive-or i
+  int first_token;      // of the tile; -1: there is none
   float chance;         // with which the value row is read
   Plan key, value;      // what is to be read, or was
   SettledToken settled;
@@ -97,13 +96,13 @@ class Worker {
     }
   }
 
-  __device__ __forceinline__ void run(const Range& range, const Course& course, bool trusted);
+  __device__ __forceinline__ void run(const Range& range, const Course& course);
   __device__ __forceinline__ Tokens open(const Range& range, int first_token, int stage);
   __device__ __forceinline__ void fetch_finer(const Tokens& t, FinerKeys& to);
   template <int kPlane>
   __device__ __forceinline__ void fetch_rare(
       const Tokens& t, int place_of_second, int place, FinerKeys& to);
-  __device__ __forceinline__ void settle_reference(const Tokens& t, bool trusted);
+  __device__ __forceinline__ void settle_reference(const Tokens& t);
   __device__ __forceinline__ void refine(Tokens& t, FinerKeys& keys);
   __device__ __forceinline__ void add_rare_planes(Tokens& t, int place, FinerKeys& keys);
   __device__ __forceinline__ void settle(Tokens& t, float (&scaled)[kGroup]);
@@ -148,7 +147,9 @@ class Worker {
 
   __device__ __forceinline__ int token_of(const Tokens& t) const { return t.first_token + lane; }
 
-  __device__ __forceinline__ int class_of(const Tokens& t) const { return t.first_class ^ lane; }
+  __device__ __forceinline__ int class_of(const Tokens& t) const {
+    return dither_class(t.first_token) ^ lane;  // the lanes of a tile differ in the lowest bits alone
+  }
 
   // This lane's place among those of a mask.
   __device__ __forceinline__ int place_in(u32 lanes) const { return __popc(lanes & ((1u << lane) - 1)); }
@@ -184,12 +185,12 @@ class Worker {
 
 // All tiles of the warp, and at the end what is left in the queue.  There are two rounds more than
 // tiles, so that the code of each stage stands once: instructions are fetched slower than executed.
-__device__ __forceinline__ void Worker::run(const Range& range, const Course& course, bool trusted) {
+__device__ __forceinline__ void Worker::run(const Range& range, const Course& course) {
   if (course.token >= course.end) return;
   clear_second_values();
   Tokens t;
   int stage = 0;
-  bool is_open = false;  // `t` is a tile
+  t.first_token = -1;
   const int end = course.end, step = course.step;
   commit_copies();
 #pragma unroll 1
@@ -198,12 +199,13 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
     // is full.
     await_copies<1>();
     __syncwarp();
+    const bool is_open = t.first_token >= 0;
     if (is_open) refine(t, mine.finer);
     const bool has_next = token < end;
     Tokens next;
     if (has_next) {
       next = open(range, Course::tile_at(token), stage);
-      if (!is_open) settle_reference(next, trusted);
+      if (!is_open) settle_reference(next);
       fetch_finer(next, mine.finer);
       const int ahead = token + kKeyStages * step;
       if (ahead < end) fetch(range, Course::tile_at(ahead), stage);
@@ -226,6 +228,7 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
     if (is_end) break;
     if (wanted) push_values(t, weight, wanted);
     commit_copies();
-    t = next, is_open = has_next;
+    t = next;
+    if (!has_next) t.first_token = -1;
   }
 }
