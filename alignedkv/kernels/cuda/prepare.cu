@@ -297,7 +297,6 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
     shared.query.stream =
         mix(mix(mix(a.step.seed + kSpread) ^ step) ^ static_cast<u32>(of_head));
   }
-  await_copies<0>();
 #pragma unroll 1
   for (int part = 0; part < kSubgroups; ++part) {
     if (part > 0) await_query_warps();  // the part before has been left
@@ -312,6 +311,7 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
       }
     }
     turn_queries(x, a, shared, of_head, part, warp);
+    await_copies<0>();  // of near rows
     await_query_warps();
     if constexpr (kUsesNearRows) {
       if (warp < kNearTiles) near.add_up(a, shared.query, shared.tiles[warp], shared.near[warp]);
