@@ -101,7 +101,7 @@ def decode(options: argparse.Namespace) -> int:
                 ours = OurStep(inputs, policy, config=config)
                 facts = row(
                     Case(shape=shape, data=data, tolerance=tolerance),
-                    ours.measure(reference, replays=options.replays),
+                    ours.measure(reference, replays=options.replays, energy_s=options.energy),
                     peers,
                     bandwidth,
                     card,
@@ -139,7 +139,7 @@ def _measure_peers(
 ) -> list[PeerResult]:
     names = LEADERS if options.peers == ["leaders"] else options.peers
     results = [
-        measure_peer(peer, inputs, reference, replays=options.replays)
+        measure_peer(peer, inputs, reference, replays=options.replays, energy_s=options.energy)
         for peer in named_peers([name for name in names if name != "none"])
     ]
     content["skipped"] |= {r.name: r.reason for r in results if r.reason is not None}
@@ -241,6 +241,9 @@ def _add_problem(parser: argparse.ArgumentParser, *, sizes: Sequence[tuple[int, 
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--peers", nargs="+", default=["leaders"], help="names, 'leaders', 'none'")
     parser.add_argument("--replays", type=int, default=25)
+    parser.add_argument(
+        "--energy", type=float, default=0.0, metavar="S", help="seconds to measure energy for"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to keep every number")
 

@@ -1,4 +1,6 @@
+import ctypes
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,7 @@ from benchlib.data import (  # noqa: E402
     effective_tokens,
     synthetic_inputs,
 )
+from benchlib.energy import EnergyCounter, EnergyError  # noqa: E402
 from benchlib.peers import PeerResult  # noqa: E402
 from benchlib.problem import DecodeShape, OutputError, reference_output  # noqa: E402
 from benchlib.rows import BF16_ATTENTION, Case, print_row, row  # noqa: E402
@@ -21,8 +24,8 @@ from benchlib.timing import Timing  # noqa: E402
 SHAPE = DecodeShape(tokens=4096, heads=4, kv_heads=1)
 
 
-def timing(us):
-    return Timing(median_us=us, p10_us=us, p90_us=us, replays=25, calls=32)
+def timing(us, **more):
+    return Timing(median_us=us, p10_us=us, p90_us=us, replays=25, calls=32, **more)
 
 
 def error(size):
@@ -66,6 +69,23 @@ def test_without_peers_the_row_says_so_and_prints(capsys):
     assert facts["best16_us"] is facts["best8_us"] is facts["error_bf16"] is None
     print_row(facts)
     assert "flat" in capsys.readouterr().out
+
+
+def test_energy_is_printed_where_it_was_measured(capsys):
+    ours = SimpleNamespace(**{**vars(OURS), "attend": timing(20.0, millijoules=31.4)})
+    peers = [replace(PEERS[0], timing=timing(50.0, millijoules=62.8)), *PEERS[1:]]
+    case = Case(shape=SHAPE, data="mixed", tolerance=2**-7)
+    print_row(row(case, ours, peers, bandwidth=3e12, card="a card"))
+    assert "mJ a step: 31.40, sdpa-cudnn-fp16 62.80\n" in capsys.readouterr().out
+
+
+def test_without_the_drivers_library_there_is_no_energy(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: no such file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with pytest.raises(EnergyError, match=r"libnvidia-ml"):
+        EnergyCounter()
 
 
 def test_cases_keep_the_tolerances_of_one_input_together():

@@ -134,7 +134,7 @@ class OurStep:
         """One step as a model makes it; the new token repeats the newest one."""
         return self._launch(cache, self.inputs.k[:, :, -1:], self.inputs.v[:, :, -1:])
 
-    def measure(self, reference: Tensor, *, replays: int = 25) -> OurResult:
+    def measure(self, reference: Tensor, *, replays: int = 25, energy_s: float = 0.0) -> OurResult:
         """Check one step against the float64 reference ``[B, H, D]``, then time.
 
         Raises
@@ -155,7 +155,7 @@ class OurStep:
         reads = found.reads.cpu().numpy().astype("uint32")
         read = self.bytes_read(reads) / self.inputs.shape.kv_bytes(16)
         misses = int(found.missed.sum())
-        attend = time_graph(self._calls(self.attend), replays=replays)
+        attend = time_graph(self._calls(self.attend), replays=replays, energy_s=energy_s)
         step = time_graph(self._calls(self.append_and_attend), replays=replays)
         return OurResult(
             attend=attend,

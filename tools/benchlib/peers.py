@@ -105,7 +105,12 @@ def named_peers(names: Iterable[str]) -> tuple[Competitor, ...]:
 
 
 def measure_peer(
-    peer: Competitor, inputs: DecodeInputs, reference: Tensor, *, replays: int = 25
+    peer: Competitor,
+    inputs: DecodeInputs,
+    reference: Tensor,
+    *,
+    replays: int = 25,
+    energy_s: float = 0.0,
 ) -> PeerResult:
     """Time one competitor on cold caches and measure its error on the same inputs.
 
@@ -119,6 +124,8 @@ def measure_peer(
         `problem.reference_output` of `inputs`.
     replays : int
         Graph replays to take the median over.
+    energy_s : float
+        As for `time_graph`.
 
     Returns
     -------
@@ -131,7 +138,7 @@ def measure_peer(
     if (reason := peer.obstacle(inputs.shape)) is not None:
         return PeerResult(name=peer.name, bits=peer.bits, reason=reason)
     try:
-        timing, error = _time_and_check(peer, inputs, reference, replays)
+        timing, error = _time_and_check(peer, inputs, reference, replays, energy_s)
     except Exception as problem:  # noqa: BLE001 - reported as the reason, see Returns
         first_line = next(iter(str(problem).splitlines()), "")
         reason = f"{type(problem).__name__}: {first_line}"
@@ -144,12 +151,12 @@ def measure_peer(
 
 
 def _time_and_check(
-    peer: Competitor, inputs: DecodeInputs, reference: Tensor, replays: int
+    peer: Competitor, inputs: DecodeInputs, reference: Tensor, replays: int, energy_s: float
 ) -> tuple[Timing, OutputError]:
     """Time and error of one competitor; its copies live no longer than this call."""
     rotation = peer.build(inputs, copies_for_cold_cache(inputs.shape, peer.bits))
     error = output_error(rotation.output(), reference)
-    return time_graph(rotation.calls, replays=replays), error
+    return time_graph(rotation.calls, replays=replays, energy_s=energy_s), error
 
 
 def fastest(results: Iterable[PeerResult], bits: int) -> PeerResult | None:

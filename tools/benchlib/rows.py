@@ -61,6 +61,9 @@ def row(
         "error_bf16": bf16.error.max if bf16 and bf16.error else None,
         "error_bf16_rms": bf16.error.rms if bf16 and bf16.error else None,
         "error_best8": best8.error.max if best8 and best8.error else None,
+        "ours_mj": ours.attend.millijoules,
+        "best16_mj": best16.timing.millijoules if best16 and best16.timing else None,
+        "best8_mj": best8.timing.millijoules if best8 and best8.timing else None,
         "peers_us": {p.name: p.timing.median_us for p in peers if p.timing is not None},
         "card": card,
     }
@@ -81,3 +84,10 @@ def print_row(facts: dict[str, Any]) -> None:
         f" {facts['error_bf16'] or float('nan'):.5f} {facts['misses']:3d}",
         flush=True,
     )
+    if facts["ours_mj"] is not None:
+        peers = ", ".join(
+            f"{facts[f'{peer}_name']} {facts[f'{peer}_mj']:.2f}"
+            for peer in ("best16", "best8")
+            if facts[f"{peer}_mj"] is not None
+        )
+        print(f"{'':22}mJ a step: {facts['ours_mj']:.2f}, {peers}", flush=True)

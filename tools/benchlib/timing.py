@@ -10,10 +10,11 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from alignedkv.kernels.device import external_stream
+from benchlib.energy import EnergyCounter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,6 +67,8 @@ class Timing:
         Replays measured.
     calls : int
         Calls in each replay.
+    millijoules : float, optional
+        Energy of a call, the idle GPU's share included.
     """
 
     median_us: float
@@ -73,6 +76,7 @@ class Timing:
     p90_us: float
     replays: int
     calls: int
+    millijoules: float | None = None
 
     @classmethod
     def from_replays(cls, replay_us: Sequence[float], calls: int) -> Timing:
@@ -98,7 +102,9 @@ class Timing:
         )
 
 
-def time_graph(calls: Sequence[Callable[[], Tensor | None]], *, replays: int = 25) -> Timing:
+def time_graph(
+    calls: Sequence[Callable[[], Tensor | None]], *, replays: int = 25, energy_s: float = 0.0
+) -> Timing:
     """Time a rotation of calls by replaying it as one CUDA graph.
 
     Parameters
@@ -108,6 +114,8 @@ def time_graph(calls: Sequence[Callable[[], Tensor | None]], *, replays: int = 2
         differ only in the buffers they read; together these should hold `problem.COLD_BYTES`.
     replays : int
         Replays to measure.
+    energy_s : float
+        Seconds of further replays whose energy is measured; 0 for none.
 
     Returns
     -------
@@ -163,7 +171,17 @@ def time_graph(calls: Sequence[Callable[[], Tensor | None]], *, replays: int = 2
     torch.cuda.synchronize()
     # Event.elapsed_time is in milliseconds.
     replay_us = [a.elapsed_time(b) * 1e3 for a, b in itertools.pairwise(events)]
-    return Timing.from_replays(replay_us, rotations * len(calls))
+    timing = Timing.from_replays(replay_us, rotations * len(calls))
+    if not energy_s:
+        return timing
+    count = math.ceil(energy_s * 1e6 / (timing.median_us * timing.calls))
+    counter = EnergyCounter()
+    before = counter.joules()
+    for _ in range(count):
+        graph.replay()
+    torch.cuda.synchronize()
+    joules = counter.joules() - before
+    return replace(timing, millijoules=joules * 1e3 / (count * timing.calls))
 
 
 def read_bandwidth(*, replays: int = 10) -> float:
