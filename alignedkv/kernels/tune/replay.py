@@ -36,7 +36,7 @@ class Replay:
 def replay(
     sweep: Sweep, *, strategy: str, trials: int | None = None, seed: int = 0, ahead: int = 0
 ) -> Replay:
-    """Search a recorded sweep.
+    """Search a recorded sweep, and try its default in any case, as `tuner.tune` does.
 
     Parameters
     ----------
@@ -61,6 +61,9 @@ def replay(
     tried = search(
         list(recorded), evaluate, strategy=strategy, trials=trials, seed=seed, ahead=ahead
     )
+    default = recorded.get(sweep.default)
+    if default is not None and default not in tried:
+        tried.append(default)
     best = fastest(tried)
     if best is None:
         raise TuningError(f"none of {len(tried)} trials had a right answer: allow more trials")

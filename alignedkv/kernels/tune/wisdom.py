@@ -22,7 +22,7 @@ from alignedkv.errors import TuningError
 from alignedkv.kernels.codegen import source_digest
 from alignedkv.kernels.compile import cache_directory
 from alignedkv.kernels.config import DecodeConfig
-from alignedkv.kernels.legality import default_config, restrictions, spills
+from alignedkv.kernels.legality import default_config, restrictions
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
 from alignedkv.kernels.tune.locks import exclusive
@@ -206,8 +206,6 @@ def _find(
                 stale += 1
                 continue
             borrowed = winner.spec.exact_rows != spec.exact_rows
-            if borrowed and spills(spec, winner.config, target):
-                continue
             distance = abs(winner.tokens_bucket - wanted[0]) + abs(winner.heads_bucket - wanted[1])
             fitting.append((borrowed, distance, winner))
         if fitting:

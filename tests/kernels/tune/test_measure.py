@@ -200,7 +200,7 @@ def test_a_right_candidate_is_timed(session: Session, gpu: Gpu) -> None:
     gpu.lengths.clear()
     trial = session(candidate(DEFAULT))
     assert (trial.status, trial.reason) == (Status.OK, "")
-    assert trial.times_us == pytest.approx([80.0] * 10)
+    assert trial.times_us == pytest.approx([10.0 * DEFAULT.warps] * 10)
     assert 0.0 < trial.facts["error"] < trial.facts["bound"] < 1.0
     assert 0.1 < trial.facts["read_fraction"] <= 1.1
     assert trial.facts["missed"] == 0.0

@@ -38,9 +38,15 @@ def test_an_exhaustive_replay_finds_the_first() -> None:
 def test_rank_and_slowdown_are_those_of_the_recorded_times() -> None:
     found = replay(SWEEP, strategy="random", trials=5, seed=1)
     ranked = SWEEP.ranked()
-    assert found.evaluations == 5
+    assert found.evaluations == 6  # the default was not among the five
     assert ranked[found.rank - 1] == found.best
     assert found.slowdown == found.best.median_us / ranked[0].median_us > 1.0
+
+
+def test_no_search_ends_behind_the_default() -> None:
+    best = SWEEP.ranked()[0]
+    found = replay(replace(SWEEP, default=best.config), strategy="random", trials=1, seed=3)
+    assert (found.best, found.evaluations) == (best, 2)
 
 
 def test_tpe_beats_random_with_a_tenth_of_the_evaluations() -> None:
@@ -57,9 +63,9 @@ def test_tpe_beats_random_with_a_tenth_of_the_evaluations() -> None:
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
 def test_tpe_gets_within_3_percent_of_the_best_recorded(path: Path, seeds: int) -> None:
     sweep = Sweep.load(path)
-    assert len(sweep.trials) >= 90
-    # Ten of them are drawn at random before the search begins to learn.
-    assert median_slowdown(sweep, strategy="tpe", trials=28, seeds=range(seeds)) <= 1.03
+    assert len(sweep.trials) >= 48
+    # Ten of them are drawn at random before the search begins to learn.  The default helps.
+    assert median_slowdown(sweep, strategy="tpe", trials=20, seeds=range(seeds)) <= 1.03
 
 
 def test_a_sweep_without_an_answer_cannot_be_replayed() -> None:
