@@ -17,6 +17,8 @@ MAX_SUBGROUP = 8
 MIN_STORED_PLANES = 2
 PAGE_TOKENS = (16, 32, 64, 128, 256)
 MAX_TOKENS = 1 << 20
+#: Rows of a plane, of all sequences and KV heads: their numbers have 32 bits (rows.cuh).
+MAX_ROWS = 1 << 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

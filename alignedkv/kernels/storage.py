@@ -5,6 +5,7 @@ Nothing here knows torch or CuPy: whoever allocates says how arrays are made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from alignedkv.errors import LaunchError, SpecError
 from alignedkv.formats import BF16, bf16_to_float32, float32_to_bf16_bits, round_to
 from alignedkv.kernels.arrays import Array, CacheArrays
-from alignedkv.kernels.spec import MAX_TOKENS, DecodeSpec
+from alignedkv.kernels.spec import MAX_ROWS, MAX_TOKENS, DecodeSpec
 from alignedkv.planes import dither_table, random_streams, row_bytes
 from alignedkv.transform import random_signs
 
@@ -59,7 +60,8 @@ def allocate(
     Raises
     ------
     SpecError
-        If a size is not positive, or exact rows are asked for without ``spec.exact_rows``.
+        If a size is not positive or too large, or exact rows are asked for without
+        ``spec.exact_rows``.
     """
     _check_sizes(spec, batch, kv_heads, capacity, exact_first + exact_last)
     channels, page = spec.channels, spec.page_tokens
@@ -73,6 +75,8 @@ def allocate(
             block_table = put(table.reshape(batch, per_sequence))
         else:
             block_table = zeros((batch, per_sequence), "int32")
+    if math.prod(rows) > MAX_ROWS:
+        raise SpecError(f"rows {rows}: a cache has at most 2^32; split the batch")
     widths = spec.layout.widths[: spec.stored_planes]
     sign_seed, *dither_seeds = random_streams(seed)
     tables = [
