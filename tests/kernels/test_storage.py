@@ -176,7 +176,7 @@ def test_dtypes_are_rounded_once_and_read_exactly(dtype: str) -> None:
         (SPEC, {"kv_heads": 0}, "at least one"),
         (SPEC, {"capacity": 0}, "1 to 1048576"),
         (SPEC, {"capacity": MAX_TOKENS + 1}, "1 to 1048576"),
-        (SPEC, {"batch": 4096, "capacity": MAX_TOKENS}, "at most 2^32"),
+        (SPEC, {"batch": 4096, "capacity": MAX_TOKENS}, r"at most 2\^32"),
         (SPEC, {"exact_first": 1}, "exact_rows=False"),
         (DecodeSpec(head_dim=64, group=2, exact_rows=True), {}, "exact_rows=True"),
     ],
