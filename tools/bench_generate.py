@@ -83,14 +83,13 @@ def measure(
     }
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every size, stock and patched."""
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure every size, stock and patched; each is told as soon as it is known."""
     from alignedkv import runtime
     from alignedkv.policy import PrecisionPolicy
 
     torch.manual_seed(0)
     model = random_model(options.layers)
-    rows = []
     for tokens, batch in options.sizes:
         ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device="cuda")
         facts: dict[str, Any] = {"T": tokens, "batch": batch, "layers": options.layers}
@@ -125,8 +124,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 flush=True,
             )
             _free()
-        rows.append(facts)
-    return rows
+        yield facts
 
 
 def _free() -> None:
@@ -155,10 +153,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench_generate: torch finds no GPU, and there is nothing to time", file=sys.stderr)
         return 2
-    rows = run(options)
-    if options.json:
-        command = " ".join(["python", *sys.argv])
-        options.json.write_text(json.dumps({"command": command, "rows": rows}, indent=1) + "\n")
+    command, rows = " ".join(["python", *sys.argv]), []
+    for facts in run(options):
+        rows.append(facts)
+        if options.json:
+            content = {"command": command, "rows": rows}
+            options.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0
 
 

@@ -157,6 +157,7 @@ def launch_arguments(
     splits: int | None = None,
 ) -> Prepared:
     """What the kernels of a step are called with; workspace and answer are allocated here."""
+    query = _seen("query", query)  # whose dtype is then NumPy's, whoever made it
     check_query(spec, cache, query, state, sinks)
     if splits is None:
         splits = _splits(spec, cache)
@@ -164,7 +165,7 @@ def launch_arguments(
     group, homes = spec.subgroup, batch * kv_heads
     places = homes * spec.subgroups
     signs, lengths = _seen("signs", cache.signs), _seen("lengths", cache.lengths)
-    seen_query = _seen("query", query).reshape((places, group, head_dim))
+    seen_query = query.reshape((places, group, head_dim))
 
     def of_homes(name: str, array: Array) -> Array:
         return _seen(name, array).reshape((homes, *array.shape[2:]))
