@@ -1,12 +1,12 @@
 // One decode step of attention over digit planes (theory.md 9), split over the tokens.
 //
 // Grid (splits, B Hkv kSubgroups): a head here is a subgroup of the queries of a KV head (spec.py).  A
-// warp works alone on tiles of 32 tokens (worker.cuh).  The last block of a head merges (merge.cuh).
+// warp works alone on tiles of 32 tokens (worker.cuh).  The last block of a head merges (finish.cuh).
 
+#include "answer.cuh"
 #include "arguments.cuh"
 #include "bounds.cuh"
 #include "copies.cuh"
-#include "merge.cuh"
 #include "mma.cuh"
 #include "products.cuh"
 #include "query.cuh"

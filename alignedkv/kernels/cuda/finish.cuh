@@ -1,7 +1,7 @@
 // The end of a block: what it leaves for its head, and, for the head's last block, the merge.
 
+#include "answer.cuh"
 #include "leave.cuh"
-#include "merge.cuh"
 
 // Whether heads missed in this pass.
 __device__ __forceinline__ u32* missed_now(const DecodeArguments& a, int heads) {
