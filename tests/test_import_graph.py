@@ -11,13 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-#: Arrows that may point back, each with its reason.
-EXCEPTIONS = {
-    # A backend is made for a device when the first model on it asks, and its module needs what the
-    # device needs: CuPy and a CUDA compiler, or Numba.  The import stands in the maker.
-    ("alignedkv.runtime.backend", "alignedkv.runtime.cuda"),
-}
-
 
 def modules(package: Path) -> dict[str, Path]:
     """Files of a package's modules, by their dotted names."""
@@ -76,11 +69,7 @@ def circle(graph: Mapping[str, set[str]]) -> list[str]:
 
 
 def test_no_module_imports_itself_by_others() -> None:
-    graph = arrows(ROOT / "alignedkv")
-    for one, other in EXCEPTIONS:
-        assert other in graph[one], "this exception is needed no more"
-        graph[one].remove(other)
-    assert " -> ".join(circle(graph)) == ""
+    assert " -> ".join(circle(arrows(ROOT / "alignedkv"))) == ""
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,8 @@ def _registers_without_spills(spec: DecodeSpec, target: DeviceTarget) -> int:
         return MAX_REGISTERS
     if spec.channels > 128:
         return 168 if spec.bound is BoundKind.ESTIMATE else MAX_REGISTERS
-    return 136 if target.arch == "sm_100" else 128
+    is_tight = spec.bound is BoundKind.DETERMINISTIC or spec.softcap
+    return 136 if is_tight or target.arch == "sm_100" else 128
 
 
 def restrictions(spec: DecodeSpec, config: DecodeConfig, target: DeviceTarget) -> list[str]:

@@ -16,7 +16,7 @@ from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
 from alignedkv.kernels.tune.wisdom import find
 from alignedkv.kernels.workspace import Workspace, allocate_workspace
-from alignedkv.runtime.backend import TORCH_DTYPES
+from alignedkv.runtime.dtypes import TORCH_DTYPES
 from alignedkv.runtime.plan import StepPlan
 
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import CacheLayerMixin
 from alignedkv.errors import SpecError, UnsupportedModelError
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.runtime import ops
-from alignedkv.runtime.backend import DTYPE_NAMES
+from alignedkv.runtime.dtypes import DTYPE_NAMES
 from alignedkv.runtime.monitor import Monitor
 from alignedkv.runtime.plan import AttentionFacts, StepPlan, make_plan
 from alignedkv.runtime.request import Request

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from alignedkv.errors import UnsupportedModelError
 from alignedkv.kernels.spec import HEAD_DIMS, MAX_GROUP, DecodeSpec
 from alignedkv.runtime.attention import STOCK_IMPLEMENTATIONS, implementation_name, is_attention
-from alignedkv.runtime.backend import DTYPE_NAMES, backend_for
+from alignedkv.runtime.backend import backend_for
 from alignedkv.runtime.cache import served_layers
+from alignedkv.runtime.dtypes import DTYPE_NAMES
 from alignedkv.runtime.request import Request
 
 

@@ -18,7 +18,8 @@ from alignedkv.kernels import storage
 from alignedkv.kernels.arrays import HEAD_HINTS
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.runtime import ops
-from alignedkv.runtime.backend import TORCH_DTYPES, backend_for
+from alignedkv.runtime.backend import backend_for
+from alignedkv.runtime.dtypes import TORCH_DTYPES
 from alignedkv.runtime.request import Request
 
 #: Where the shared tensors stand in their lists; see `ops`.
