@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from alignedkv.policy import PRESET_EXACT_FIRST
 from bench_generate_steps import patched_step, random_model, stock_step
 
 #: Kernels whose names hold one of these are attention.
@@ -93,6 +94,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for tokens, batch in options.sizes:
         ids = torch.randint(0, model.config.vocab_size, (batch, tokens), device="cuda")
         facts: dict[str, Any] = {"T": tokens, "batch": batch, "layers": options.layers}
+        facts["exact_first"] = options.exact_first
         facts |= {"card": torch.cuda.get_device_name(), "torch": torch.__version__}
         facts["stock"] = measure(
             lambda ids=ids: stock_step(model, ids),  # type: ignore[misc]
@@ -103,7 +105,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         _free()
         model.set_attn_implementation("sdpa")
         for tolerance in options.tolerances:
-            policy = PrecisionPolicy(tolerance=tolerance)
+            policy = PrecisionPolicy(tolerance=tolerance, exact_first=options.exact_first)
             with runtime.patched(model, policy, break_even=0):
                 ours = measure(
                     lambda ids=ids: patched_step(model, ids),  # type: ignore[misc]
@@ -146,6 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = ((32768, 1), (131072, 1), (32768, 8))
     parser.add_argument("--sizes", type=_size, nargs="+", default=sizes, metavar="TxB")
     parser.add_argument("--tolerances", type=float, nargs="+", default=[2.0**-7, 2.0**-5])
+    parser.add_argument(
+        "--exact-first", type=int, default=PRESET_EXACT_FIRST, help="first rows kept exact"
+    )
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--replays", type=int, default=20)
     parser.add_argument("--json", type=Path, help="where to keep every number")
