@@ -14,7 +14,7 @@ Shapes and meanings are those of `CacheArrays`, `HeadState` and `DecodeResult`.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from alignedkv.kernels.arrays import HEAD_HINTS, CacheArrays, DecodeResult, HeadState
 from alignedkv.runtime.backend import backend_for
@@ -69,7 +69,7 @@ def _head_state(state: list[Tensor]) -> HeadState:
     return HeadState(**dict(zip(HEAD_HINTS, hints, strict=True)), step=step)
 
 
-@torch.library.custom_op("alignedkv::fit", mutates_args=("constants",))
+@library.custom_op("alignedkv::fit", mutates_args=("constants",))
 def fit(
     plan: str,
     rows: list[Tensor],
@@ -85,7 +85,7 @@ def fit(
     backend_for(keys.device).fit(parsed, cache, *rows_given, query_size)
 
 
-@torch.library.custom_op("alignedkv::encode", mutates_args=("rows",))
+@library.custom_op("alignedkv::encode", mutates_args=("rows",))
 def encode(
     plan: str, rows: list[Tensor], constants: list[Tensor], keys: Tensor, values: Tensor
 ) -> None:
@@ -96,7 +96,7 @@ def encode(
     )
 
 
-@torch.library.custom_op("alignedkv::probe", mutates_args=("state",))
+@library.custom_op("alignedkv::probe", mutates_args=("state",))
 def probe(
     plan: str,
     rows: list[Tensor],
@@ -112,7 +112,7 @@ def probe(
     )
 
 
-@torch.library.custom_op("alignedkv::step", mutates_args=("rows", "state", "results", "scratch"))
+@library.custom_op("alignedkv::step", mutates_args=("rows", "state", "results", "scratch"))
 def step(
     plan: str,
     rows: list[Tensor],
@@ -151,7 +151,7 @@ def step(
     return output
 
 
-@torch.library.custom_op("alignedkv::read", mutates_args=())
+@library.custom_op("alignedkv::read", mutates_args=())
 def read(
     plan: str, rows: list[Tensor], constants: list[Tensor], tokens: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torch import library
 
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.policy import PrecisionPolicy
@@ -48,7 +49,7 @@ def test_operators_are_what_they_say(policy: dict[str, Any]) -> None:
         (ops.read, (plan, *lists, 20, torch.float32)),
     ]
     for operator, arguments in calls:
-        torch.library.opcheck(operator, arguments, test_utils=CHECKS)
+        library.opcheck(operator, arguments, test_utils=CHECKS)
 
 
 def test_lists_and_arrays_are_the_same() -> None:

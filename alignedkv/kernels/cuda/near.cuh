@@ -1,7 +1,7 @@
 // What a step learns of its softmax before it plans: the log-sum-exp of the near rows' first scores.
 //
-// Near rows are the first and the last attended ones but the newest (policy.py, NEAR_FIRST).  They and the query's
-// size hold most of what changes from token to token; the rest is remembered (state.rest).
+// Near rows are the first and the last attended ones but the newest (policy.py, NEAR_FIRST).  They and
+// the query's size hold most of what changes from token to token; the rest is remembered (state.rest).
 
 #include "products.cuh"
 #include "tiles.cuh"
