@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time the Numba CUDA kernels beside the CUDA C++ ones: the same caches, the same hints.
 
-    python tools/bench_numba_cuda.py --json benchmarks/results/numba-cuda-h200.json
+    python tools/bench_numba_cuda.py --tokens 8192 32768 131072 --json FILE
 
 Both run from cold caches as CUDA graphs, one after the other for each size.
 """
