@@ -51,7 +51,8 @@ __device__ __forceinline__ void set_constants(
   const float share = a.step.skip_share * (kSampleValues ? kSamplingFactor : 1.0f);
   shared.skip_gain = share > 0 ? log2_fast(kHalfRange / (share * kOfPlane)) : infinity;
   to[kError][g] = kCertain ? worst : deviation * deviation;
-  to[kCoarse][g] = theta * (2.0f * kLargestWeight / kLargestPrefix);
+  const float unit = fminf(fmaxf(theta * (1.0f / kUnitsInTheta), 0x1p-100f), 0x1p100f);
+  to[kWeightUnit][g] = unit, to[kPerWeightUnit][g] = 1.0f / unit;
   to[kErrorMore][g] = kCertain ? query.numbers[kShift][g] : spread;
   // Non-negative floats are ordered like their bits.
   atomicMax(reinterpret_cast<u32*>(&shared.largest_square), __float_as_uint(deviation * deviation));
@@ -139,7 +140,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   }
   await_copies<0>();
   __syncwarp();
-  if constexpr (kSettled) worker.start_sums(worker.sums, course);
+  if (lane == 0) shared.first_block[warp] = course.first_block();
+  if constexpr (kSettled) worker.start_sums(worker.sums);
   worker.run(range, course);
 
   release_next_kernel();

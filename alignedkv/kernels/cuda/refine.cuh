@@ -43,7 +43,7 @@ __device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
     keep_or_drop<2>(t, place, t.key.reads(2));
     __syncwarp();
   }
-  if constexpr (kStoredPlanes >= 3) add_rare_planes(t, place, keys);
+  add_rare_planes<2>(t, place, keys);
   if (!kSettled && t.key.reads(2)) {
     float finer[kGroup], unit[kGroup], half[kGroup];
     load_heads(finer, mine.scores[place]);
@@ -65,12 +65,14 @@ __device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
   __syncwarp();
 }
 
-// Third and later planes, kRareRows rows at a time; the first of the third are there already.  `place`:
-// of this lane's row in `mine.scores`.
+// Planes from kPlane on, kRareRows rows at a time; the first of the third are there already.  `place`: of
+// this lane's row in `mine.scores`.
+template <int kPlane>
 __device__ __forceinline__ void Worker::add_rare_planes(Tokens& t, int place, FinerKeys& keys) {
-  unrolled<2, kStoredPlanes>([&](auto plane) {
-    constexpr int kPlane = decltype(plane)::value, kWidth = kWidths[kPlane];
+  if constexpr (kPlane < kStoredPlanes) {
+    constexpr int kWidth = kWidths[kPlane];
     const u32 having = __ballot_sync(kAllLanes, t.key.reads(kPlane + 1));
+    if (!having) return;
     const int count = __popc(having), place_here = place_in(having);
 #pragma unroll 1
     for (int first = 0; first < count; first += kRareRows) {
@@ -98,5 +100,6 @@ __device__ __forceinline__ void Worker::add_rare_planes(Tokens& t, int place, Fi
         __syncwarp();
       }
     }
-  });
+    add_rare_planes<kPlane + 1>(t, place, keys);
+  }
 }
