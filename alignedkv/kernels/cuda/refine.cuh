@@ -44,12 +44,14 @@ __device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
     __syncwarp();
   }
   add_rare_planes<2>(t, place, keys);
-  if (!kSettled && t.key.reads(2)) {
+  if constexpr (!kSettled) {
+    // For all lanes alike: a branch of some costs more.
+    const bool is_finer = t.key.reads(2);
     float finer[kGroup], unit[kGroup], half[kGroup];
-    load_heads(finer, mine.scores[place]);
+    load_heads(finer, mine.scores[is_finer ? place : 0]);
     load_heads(unit, block.query.numbers[kUnit16]);
     load_heads(half, block.query.numbers[kHalf]);
-    const float key_scale = t.key_scale();
+    const float key_scale = is_finer ? t.key_scale() : 0.0f;
     const float middle = 0.5f * t.key.step() - 0.5f;  // of the digits read, less the first's
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
@@ -60,7 +62,7 @@ __device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
         t.score[g] += added;
       }
     }
-    t.value = plan_value(t);
+    t.value = plan_value(t, is_finer);
   }
   __syncwarp();
 }

@@ -5,7 +5,7 @@
 
 // `scaled`: weights times value scales over chances, of value rows that are read.
 __device__ __forceinline__ void Worker::settle(Tokens& t, float (&scaled)[kGroup]) {
-  if constexpr (kSettled) t.value = plan_value(t);
+  if constexpr (kSettled) t.value = plan_value(t, true);
   const float per_chance = kSampleValues ? reciprocal_fast(t.chance) : 1.0f;
   if (shifted) {
     float reference[kGroup];
@@ -41,8 +41,9 @@ __device__ __forceinline__ void Worker::settle(Tokens& t, float (&scaled)[kGroup
   add_to_classes(t, scaled);
 }
 
-// Value planes from the scores as they are now; a row that is skipped or left to chance remains so.
-__device__ __forceinline__ Plan Worker::plan_value(const Tokens& t) {
+// Value planes from the scores as they are now, if these are finer than those that they were planned from;
+// a row that is skipped or left to chance remains so.
+__device__ __forceinline__ Plan Worker::plan_value(const Tokens& t, bool is_finer) {
   float margin[kGroup], value_gain[kGroup];
   load_heads(margin, block.constants[kMargin]);
   load_heads(value_gain, block.constants[kValueGain]);
@@ -58,9 +59,9 @@ __device__ __forceinline__ Plan Worker::plan_value(const Tokens& t) {
   if constexpr (kSampleValues) {
     // Its chance is from another score.
     const float draw = excess + (block.skip_gain + kPlannedDraw) - log2_fast(t.chance);
-    largest_draw = fmaxf(largest_draw, is_drawn ? draw : kNever);
+    largest_draw = fmaxf(largest_draw, is_drawn && is_finer ? draw : kNever);
   }
-  return is_drawn || !t.value.reads_any() ? t.value : Plan{excess};
+  return is_drawn || !is_finer || !t.value.reads_any() ? t.value : Plan{excess};
 }
 
 // Weights as they are, not as `add_values` rounds them: what rounding loses is then lost of a prefix

@@ -54,6 +54,8 @@ struct Tokens {
 
   __device__ __forceinline__ float key_scale() const { return scale_of(scales & 0xffff); }
   __device__ __forceinline__ float value_scale() const { return scale_of(scales >> 16); }
+  // Make it no token: nothing is read.
+  __device__ __forceinline__ void close() { leave(), scales = 0, token = first_token = -1; }
   // Make it a token without weight.
   __device__ __forceinline__ void leave() {
 #pragma unroll
@@ -113,7 +115,7 @@ class Worker {
   template <int kPlane>
   __device__ __forceinline__ void add_rare_planes(Tokens& t, int place, FinerKeys& keys);
   __device__ __forceinline__ void settle(Tokens& t, float (&scaled)[kGroup]);
-  __device__ __forceinline__ Plan plan_value(const Tokens& t);
+  __device__ __forceinline__ Plan plan_value(const Tokens& t, bool is_finer);
   __device__ __forceinline__ void add_to_classes(const Tokens& t, const float (&scaled)[kGroup]);
   __device__ __forceinline__ void leave_classes();
   __device__ __forceinline__ void push_values(
@@ -203,7 +205,7 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
   clear_second_values();
   Tokens t;
   int stage = 0;
-  t.first_token = -1;
+  t.close();
   const int end = course.end, step = course.step;
 #pragma unroll 1
   for (int token = course.token;; token += step) {
@@ -212,7 +214,7 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
     await_copies<2>();
     __syncwarp();
     const bool is_open = t.first_token >= 0;
-    if (is_open) refine(t, mine.finer);
+    refine(t, mine.finer);
     const bool has_next = token < end;
     Tokens next;
     if (has_next) {
@@ -224,6 +226,8 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
       next = open(range, tile, stage);
       if (!is_open) settle_reference(next);
       fetch_finer(next, mine.finer);
+    } else {
+      next.close();
     }
     commit_copies();
     if (has_next) {
@@ -249,6 +253,5 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
     if (wanted) push_values(t, weight, wanted);
     commit_copies();
     t = next;
-    if (!has_next) t.first_token = -1;
   }
 }
