@@ -76,18 +76,34 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
   return t;
 }
 
+__device__ __forceinline__ FinerLanes Worker::finer_lanes(const Tokens& t) const {
+  FinerLanes lanes = {__ballot_sync(kAllLanes, t.key.reads(2)), 0, false};
+  if constexpr (kStoredPlanes >= 3) {
+    if (lanes.second) lanes.third = __ballot_sync(kAllLanes, t.key.reads(3));
+  }
+  lanes.share_rows = kThirdIsLikeSecond && __popc(lanes.second) + __popc(lanes.third) <= kTile;
+  return lanes;
+}
+
 // Rows that the plan of a tile asks for, on their way.
 __device__ __forceinline__ void Worker::fetch_finer(const Tokens& t, FinerKeys& to) {
-  const u32 second = __ballot_sync(kAllLanes, t.key.reads(2));
-  if (!second) return;
+  const FinerLanes lanes = finer_lanes(t);
+  if (!lanes.second) return;
   if (t.key.reads(2)) {
-    const int slot = place_in(second);
-    copy_row<1>(shared_address(to.second), slot, a.cache.key_planes[1], rows.of(t.token));
+    const u32 row = rows.of(t.token), at = shared_address(to.second);
+    copy_row<1>(at, place_in(lanes.second), a.cache.key_planes[1], row);
     atomicAdd(block.reads + 1, 1u);
+    if constexpr (kThirdIsLikeSecond) {
+      if (lanes.share_rows && t.key.reads(3)) {
+        copy_row<2>(at, __popc(lanes.second) + place_in(lanes.third), a.cache.key_planes[2], row);
+        atomicAdd(block.reads + 2, 1u);
+      }
+    }
   }
   if constexpr (kStoredPlanes >= 3) {
-    const u32 third = __ballot_sync(kAllLanes, t.key.reads(3));
-    if (third) fetch_rare<2>(t, place_in(second), place_in(third), to);
+    if (lanes.third && !lanes.share_rows) {
+      fetch_rare<2>(t, place_in(lanes.second), place_in(lanes.third), to);
+    }
   }
 }
 

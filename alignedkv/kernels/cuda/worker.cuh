@@ -64,6 +64,15 @@ struct Tokens {
   }
 };
 
+// Which lanes of a tile want more key planes than the first.
+struct FinerLanes {
+  u32 second, third;
+  bool share_rows;  // rows of the third plane lie behind those of the second, and are multiplied with them
+};
+// The settled rule wants the planes' scores one after the other.
+constexpr int width_of(int plane) { return plane < kStoredPlanes ? kWidths[plane] : 0; }
+constexpr bool kThirdIsLikeSecond = !kSettled && width_of(2) == width_of(1);
+
 // How the weights of a queue of values became digits (values.cuh).
 enum class WeightDigits { UnitOfTheta, OwnUnit, Fine };
 
@@ -106,6 +115,7 @@ class Worker {
 
   __device__ __forceinline__ void run(const Range& range, const Course& course);
   __device__ __forceinline__ Tokens open(const Range& range, int first_token, int stage);
+  __device__ __forceinline__ FinerLanes finer_lanes(const Tokens& t) const;
   __device__ __forceinline__ void fetch_finer(const Tokens& t, FinerKeys& to);
   template <int kPlane>
   __device__ __forceinline__ void fetch_rare(
@@ -113,7 +123,8 @@ class Worker {
   __device__ __forceinline__ void settle_reference(const Tokens& t);
   __device__ __forceinline__ void refine(Tokens& t, FinerKeys& keys);
   template <int kPlane>
-  __device__ __forceinline__ void add_rare_planes(Tokens& t, int place, FinerKeys& keys);
+  __device__ __forceinline__ void add_rare_planes(
+      Tokens& t, int place, bool has_third, FinerKeys& keys);
   __device__ __forceinline__ void settle(Tokens& t, float (&scaled)[kGroup]);
   __device__ __forceinline__ Plan plan_value(const Tokens& t, bool is_finer);
   __device__ __forceinline__ void add_to_classes(const Tokens& t, const float (&scaled)[kGroup]);
