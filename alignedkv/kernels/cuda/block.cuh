@@ -8,8 +8,6 @@
 
 constexpr int kThreads = 32 * kWarps;
 
-constexpr float kUnitsInTheta = 32.0f;  // rounding a weight errs by an eighth of theta at most
-
 // Numbers of a head that a step's hints fix; logarithms are to base 2.
 enum Constant {
   kOffset,       // of a score relative to the hint L (softcap: of the score before the cap)
@@ -20,8 +18,7 @@ enum Constant {
   kValueGain,    // error of a value addend in units of theta, per weight and value scale
   kError,        // estimate: (sigma(1) / g)^2      deterministic: e(1) / g
   kErrorMore,    // estimate: hint of the spread    deterministic: (b + e^a) / g
-  kWeightUnit,   // of weights times value scales, when they are rounded: theta / kUnitsInTheta
-  kPerWeightUnit,
+  kCoarse,       // largest weight times value scale whose rounding leaves less than theta
   kConstants
 };
 
@@ -34,13 +31,9 @@ constexpr int kSumCount = kFirstBound + Sums::kCount;
 constexpr int kClassSums = kSettled ? kAllClassSums : 1;
 constexpr int kClassRows = kClassSums * kDitherRows;
 
-// log2 of M / theta_s where chances are from a row's own plan: prefixes reach 8 row scales, and rows are
-// planned by 7.5 of them.  (A plan takes no weight for more than the denominator.)
-constexpr float kPlannedDraw = 0.0931095f;
-
 // Maxima over tokens.
 enum Extreme {
-  kDraw,  // log2 of M / theta_s of sampling.md, Theorem S1, times the denominator; kPlannedDraw: or that
+  kDraw,  // log2 of M / theta_s of sampling.md, Theorem S1, times the denominator
   kKeyScale,
   kValueScale,
   kAllExtremes
@@ -77,7 +70,8 @@ constexpr int rare_bytes() {
   return kRareRows * most;
 }
 
-// Finer key planes of an open tile: rows of the second, and where the rare ones lie among those.
+// Finer key planes of an open tile: the rows of those that have them, side by side, and where the rare
+// ones lie among those of the second plane.
 struct alignas(kTileAlignment) FinerKeys {
   u8 second[kTile * kPlaneRowBytes[1]];
   u8 rare[rare_bytes() > 0 ? rare_bytes() : 16];
@@ -90,10 +84,8 @@ struct alignas(kTileAlignment) ValueQueue {
   u8 first[kTile * kPlaneRowBytes[0]];
   u8 second[kTile * kPlaneRowBytes[1]];
   float weight[kTile][kHeads];  // times the value scale, over the chance
-  struct {
-    i32 token;
-    Plan plan;
-  } row[kTile];
+  i32 token[kTile];
+  Plan plan[kTile];
 };
 
 struct WarpTiles {
@@ -102,7 +94,7 @@ struct WarpTiles {
   FinerKeys finer;
   float scores[kTile][kHeads];
   u16 weights[2][kHeads][kTile + 16];  // by weight_slot; what their rounding lost
-  float weight_units[2][kHeads];  // of those, where they are the queue's own
+  float weight_units[2][kHeads];
   u32 scales[kKeyStages][kTile];
 };
 
@@ -132,7 +124,6 @@ struct DecodeShared {
   Query query;
   float constants[kConstants][kHeads];
   float classes[kWarps][kOwnClasses][kHeads];
-  int first_block[kWarps];  // of those that its classes are of
   float reference[kWarps][kHeads];
   float factor[kWarps][kHeads];
   float sums[kWarps][kSumCount][kHeads];

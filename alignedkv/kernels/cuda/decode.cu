@@ -51,8 +51,7 @@ __device__ __forceinline__ void set_constants(
   const float share = a.step.skip_share * (kSampleValues ? kSamplingFactor : 1.0f);
   shared.skip_gain = share > 0 ? log2_fast(kHalfRange / (share * kOfPlane)) : infinity;
   to[kError][g] = kCertain ? worst : deviation * deviation;
-  const float unit = fminf(fmaxf(theta * (1.0f / kUnitsInTheta), 0x1p-100f), 0x1p100f);
-  to[kWeightUnit][g] = unit, to[kPerWeightUnit][g] = 1.0f / unit;
+  to[kCoarse][g] = theta * (2.0f * kLargestWeight / kLargestPrefix);
   to[kErrorMore][g] = kCertain ? query.numbers[kShift][g] : spread;
   // Non-negative floats are ordered like their bits.
   atomicMax(reinterpret_cast<u32*>(&shared.largest_square), __float_as_uint(deviation * deviation));
@@ -85,7 +84,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   const bool again = a.pass > 0;
   const u32* missed = again ? a.workspace.retry + (a.pass - 1) % 2 * heads : nullptr;
   if (again) {
-    release_next_kernel();  // as a rule there is nothing to do here
     await_previous_kernel();
     // A head that is not read again does not miss again.
     if (block < heads && !missed[block] && threadIdx.x == 0) missed_now(a, heads)[block] = 0;
@@ -141,8 +139,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   }
   await_copies<0>();
   __syncwarp();
-  if (lane == 0) shared.first_block[warp] = course.first_block();
-  if constexpr (kSettled) worker.start_sums(worker.sums);
+  if constexpr (kSettled) worker.start_sums(worker.sums, course);
   worker.run(range, course);
 
   release_next_kernel();

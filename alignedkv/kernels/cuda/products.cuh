@@ -27,8 +27,16 @@ __device__ __forceinline__ constexpr int swizzle_of(int row) {
 template <int kWidth>
 constexpr bool kSwizzled = swizzle_of<kWidth>(7) != 0;
 
-// So that 16 bytes of a swizzled row are found by an exclusive or, and the banks of a row are known.
-constexpr int kTileAlignment = 128;
+// So that 16 bytes of a swizzled row are found by an exclusive or within 128 bytes.
+constexpr int tile_alignment() {
+  int most = 16;
+  for (int bytes : kPlaneRowBytes) {
+    const bool is_swizzled = bytes % 128 == 0 || bytes == 64 || bytes == 32;
+    if (is_swizzled && bytes > most) most = bytes < 128 ? bytes : 128;
+  }
+  return most;
+}
+constexpr int kTileAlignment = tile_alignment();
 
 // ---- keys ------------------------------------------------------------------------------------------
 
@@ -236,7 +244,7 @@ __device__ __forceinline__ void value_products(
     int (&d)[kHeadBlocks][2][4], const Operands& lower, const Operands& upper,
     const u32 (&weights)[kHeadBlocks][2]) {
   // Two digits of a channel are below 2^8.
-  static_assert(u64{32} * kLargestNumber * 255 < u64{1} << 31);
+  static_assert(u64{32} * kLargestWeight * 255 < u64{1} << 31);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
 #pragma unroll

@@ -2,94 +2,74 @@
 
 #include "worker.cuh"
 
-// 1.5 2^23 + n + 128 as a float has n + 128 in its low bits, whatever the sign of n (mma.cuh).
-constexpr float kNumberZero = 0x1.8p23f + 128.0f;
+// Of rounded weights, relative to the largest.
+constexpr float kUnit = 1.0f / kLargestWeight;
 
-// Leave the digits of n, of a number kNumberZero + n; returns n.
-__device__ __forceinline__ float Worker::leave_digits(u16* digits, float number) const {
-  digits[weight_slot(lane)] = static_cast<u16>(__float_as_uint(number));
-  return number - kNumberZero;
-}
-
-// Round a weight to a multiple of largest / kLargestNumber, which is `unit`, leave the multiple's digits,
-// and say what was lost.
+// Round a weight to a multiple of largest / kLargestWeight, leave the multiple's digits, and say what
+// was lost.
 __device__ __forceinline__ float Worker::round_weight(
-    u16* digits, float weight, float largest, float& unit, float& lost) const {
-  unit = largest * (1.0f / kLargestNumber);
-  const float per_unit = reciprocal_fast(fmaxf(unit, 0x1p-124f));
-  const float rounded = leave_digits(digits, fmaf(weight, per_unit, kNumberZero));
+    u16* digits, float weight, float largest, float& lost) const {
+  const float unit = largest * kUnit;
+  // 1.5 2^23 + n + 128 as a float has n + 128 in its low bits, whatever the sign of n (mma.cuh).
+  constexpr float kMagic = 0x1.8p23f + 128.0f;
+  const float number = fmaf(weight, reciprocal_fast(fmaxf(unit, 0x1p-124f)), kMagic);
+  digits[weight_slot(lane)] = static_cast<u16>(__float_as_uint(number));
+  const float rounded = number - kMagic;
   lost = fmaf(-rounded, unit, weight);
   return rounded * unit;
 }
 
-// Largest of the lanes' sizes.  They are ordered like their bits, NaN last.
-__device__ __forceinline__ float largest_size(float x) {
-  return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(x) & 0x7fffffffu));
-}
-
-// The queue's weights: as digits to shared memory, and what rounding changes to the sums.
-//
-// Half a unit of rounding times the largest prefix is an addend's error like any other.  As a rule the
-// unit follows from theta (set_constants), and that is little.  Where weights are too large for it, the
-// queue's largest sets the unit; and where that leaves more than theta, what rounding lost gets digits
-// of its own.
-__device__ __forceinline__ WeightDigits Worker::leave_weights(Plan plan) {
+// The queue's weights: as digits to shared memory, and what rounding changes to the sums.  Says whether
+// what rounding lost has digits of its own.
+__device__ __forceinline__ bool Worker::leave_weights(Plan plan) {
   const bool valid = lane < queued_values;
-  float scaled[kGroup], unit[kGroup], per_unit[kGroup], number[kGroup];
+  float scaled[kGroup], largest[kHeads] = {};
   load_heads(scaled, mine.values.weight[lane]);
-  load_heads(unit, block.constants[kWeightUnit]);
-  load_heads(per_unit, block.constants[kPerWeightUnit]);
-  bool is_large = false, is_largest = false;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     if (!valid) scaled[g] = 0.0f;
-    number[g] = fmaf(scaled[g], per_unit[g], kNumberZero);
-    is_large |= !(number[g] <= kNumberZero + kLargestNumber);  // NaN, too
-    is_largest |= !(scaled[g] <= unit[g] * (kLargestNumber * kUnitsInTheta * 2.0f / kLargestPrefix));
+    // Non-negative floats are ordered like their bits, NaN last.
+    largest[g] = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(scaled[g])));
   }
+  // Half a unit of rounding times the largest prefix is an addend like any other: where that is above
+  // theta, what rounding loses gets digits of its own.
+  float coarse[kGroup];
+  load_heads(coarse, block.constants[kCoarse]);
+  bool has_fine_weights = false;
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) has_fine_weights |= largest[g] > coarse[g];
   // What digits of offset binary stand for: their middle, less half the range.
   const float offset = 0.5f * plan.step() - (0.5f + kHalfRange);
-  WeightDigits digits = WeightDigits::UnitOfTheta;
-  float lost[kGroup], rounded[kGroup];
-  if (!__any_sync(kAllLanes, is_large)) {
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-      rounded[g] = leave_digits(mine.weights[0][g], number[g]);
-      lost[g] = fmaf(-rounded[g], unit[g], scaled[g]);
-      rounded[g] *= unit[g];
-    }
-  } else {
-    const bool has_fine = __any_sync(kAllLanes, is_largest);
-    digits = has_fine ? WeightDigits::Fine : WeightDigits::OwnUnit;
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) {
-      float coarse, fine = 0.0f;
-      const float largest = largest_size(scaled[g]);
-      rounded[g] = round_weight(mine.weights[0][g], scaled[g], largest, coarse, lost[g]);
-      if (has_fine) {
-        const float most = largest_size(lost[g]);
-        rounded[g] += round_weight(mine.weights[1][g], lost[g], most, fine, lost[g]);
-      }
-      if (lane == 0) mine.weight_units[0][g] = coarse, mine.weight_units[1][g] = fine;
-    }
-  }
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
+    float lost;
+    float rounded = round_weight(mine.weights[0][g], scaled[g], largest[g], lost);
+    if (has_fine_weights) {
+      const u32 bits = __float_as_uint(lost) & 0x7fffffffu;
+      const float most = __uint_as_float(__reduce_max_sync(kAllLanes, bits));
+      if (lane == 0) mine.weight_units[1][g] = most * kUnit;
+      rounded += round_weight(mine.weights[1][g], lost, most, lost);
+    }
     // All other sums have the weight as it was.
-    sums.add_rounding(g, lost[g]);
-    offsets[g] = fmaf(rounded[g], offset, offsets[g]);
+    sums.add_rounding(g, lost);
+    offsets[g] = fmaf(rounded, offset, offsets[g]);
+  }
+  if (lane == 0) {
+#pragma unroll
+    for (int g = 0; g < kHeads; ++g) largest[g] *= kUnit;
+    store_heads(mine.weight_units[0], largest);
   }
   __syncwarp();
-  return digits;
+  return __any_sync(kAllLanes, has_fine_weights);
 }
 
 __device__ __forceinline__ void Worker::add_values() {
-  const Plan plan = lane < queued_values ? mine.values.row[lane].plan : Plan::one_plane();
-  const WeightDigits digits = leave_weights(plan);
+  const Plan plan = lane < queued_values ? mine.values.plan[lane] : Plan::one_plane();
+  const bool has_fine_weights = leave_weights(plan);
   const bool has_second = __any_sync(kAllLanes, plan.reads(2));
   const ValueRows<kWidths[0]> first(mine.values.first, lane);
   const ValueRows<kWidths[1]> second(mine.values.second, lane);
-  with_weights(digits, [&] {
+  with_weights(has_fine_weights, [&] {
     if (has_second) {
       unrolled<0, kPieces>([&](auto i) { add_two_planes<decltype(i)::value>(first, second); });
     } else {
@@ -101,7 +81,7 @@ __device__ __forceinline__ void Worker::add_values() {
       constexpr int kPlane = decltype(plane)::value;
       if (plan.reads(kPlane + 1)) atomicAdd(block.reads + kStoredPlanes + kPlane, 1u);
     });
-    with_weights(digits, [&] {
+    with_weights(has_fine_weights, [&] {
       unrolled<2, kStoredPlanes>([&](auto plane) {
         constexpr int kPlane = decltype(plane)::value;
         const u32 wanted = __ballot_sync(kAllLanes, plan.reads(kPlane + 1));
@@ -117,7 +97,6 @@ __device__ __forceinline__ void Worker::add_values() {
 // Rows without a second plane are zeros there.
 __device__ __forceinline__ void Worker::clear_second_values() {
   float4* rows = reinterpret_cast<float4*>(mine.values.second);
-#pragma unroll 1
   for (int i = lane; i < static_cast<int>(sizeof mine.values.second) / 16; i += 32) {
     rows[i] = make_float4(0, 0, 0, 0);
   }
@@ -126,19 +105,16 @@ __device__ __forceinline__ void Worker::clear_second_values() {
 
 // Digits of weights as operands: high ones are bytes 1 and 3 of a pair, low ones bytes 0 and 2, 128 too
 // large.
-__device__ __forceinline__ void Worker::load_weights(int pass, WeightDigits digits) {
-  const bool is_own = digits != WeightDigits::UnitOfTheta;
-  const float* units = is_own ? mine.weight_units[pass] : block.constants[kWeightUnit];
-  const u32 select = r % 2 ? 0x6420 : 0x7531, sign = r % 2 ? 0x80808080u : 0;
-  const u32 of_pass = weights_at + pass * sizeof mine.weights[0];
-  const u8* of_lane = static_cast<const u8*>(__cvta_shared_to_generic(of_pass));
+__device__ __forceinline__ void Worker::load_weights(int pass) {
+  const bool low = r % 2;
+  const u32 select = low ? 0x6420 : 0x7531, sign = low ? 0x80808080u : 0;
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
-    weight_unit[b] = units[4 * b + c];
+    weight_unit[b] = mine.weight_units[pass][4 * b + c];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const u8* at = of_lane + 4 * b * sizeof mine.weights[0][0] + 16 * k * sizeof(u16);
-      const uint2 four = *reinterpret_cast<const uint2*>(at);
+      const u16* of_lane = mine.weights[pass][4 * b + r / 2] + 4 * c + 16 * k;
+      const uint2 four = *reinterpret_cast<const uint2*>(of_lane);
       weights[b][k] = __byte_perm(four.x, four.y, select) ^ sign;
     }
   }
@@ -146,10 +122,10 @@ __device__ __forceinline__ void Worker::load_weights(int pass, WeightDigits digi
 
 // body() with the digits of the weights and, if there are, again with those of what rounding lost.
 template <class Body>
-__device__ __forceinline__ void Worker::with_weights(WeightDigits digits, Body body) {
+__device__ __forceinline__ void Worker::with_weights(bool has_fine_weights, Body body) {
 #pragma unroll 1
-  for (int pass = 0; pass <= (digits == WeightDigits::Fine); ++pass) {
-    load_weights(pass, digits);
+  for (int pass = 0; pass <= has_fine_weights; ++pass) {
+    load_weights(pass);
     body();
   }
 }
@@ -194,7 +170,7 @@ template <int kPlane>
 __device__ __forceinline__ void Worker::add_late_plane(u32 wanted) {
   constexpr int kWidth = kWidths[kPlane];
   u8* tile = mine.values.first;
-  const auto row_of = [&](int slot) { return rows.of(mine.values.row[slot].token); };
+  const auto row_of = [&](int slot) { return rows.of(mine.values.token[slot]); };
 #pragma unroll 1
   for (int half = 0; half < (kWidth == 8 ? 2 : 1); ++half) {
     __syncwarp();
