@@ -65,7 +65,7 @@ def decode(options: argparse.Namespace) -> int:
     print(f"{card}, torch {torch.__version__}, reads {bandwidth / 1e9:.0f} GB/s")
     print(
         "      T x B  data     tolerance     us (+append)  x16    x8   read     GB/s"
-        "  bound   error   bf16    misses",
+        "  bound   error   bf16    misses  err/bound",
         flush=True,
     )
     content: dict[str, Any] = {

@@ -39,6 +39,7 @@ OURS = SimpleNamespace(
     bound_max=2**-7,
     bound_median=2**-8,
     error=error(2**-9),
+    error_over_bound=0.25,
     misses=0,
 )
 PEERS = [
@@ -69,6 +70,16 @@ def test_without_peers_the_row_says_so_and_prints(capsys):
     assert facts["best16_us"] is facts["best8_us"] is facts["error_bf16"] is None
     print_row(facts)
     assert "flat" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ratio", [0.99, 1.45])
+def test_an_error_beyond_its_estimate_is_said(ratio, capsys):
+    ours = SimpleNamespace(**{**vars(OURS), "error_over_bound": ratio})
+    case = Case(shape=SHAPE, data="captured", tolerance=2**-7)
+    facts = row(case, ours, PEERS, bandwidth=3e12, card="a card")
+    assert facts["error_over_bound"] == ratio
+    print_row(facts)
+    assert ("exceeds its bound" in capsys.readouterr().out) == (ratio > 1)
 
 
 def test_energy_is_printed_where_it_was_measured(capsys):

@@ -58,6 +58,7 @@ def row(
         "misses": ours.misses,
         "error_max": ours.error.max,
         "error_rms": ours.error.rms,
+        "error_over_bound": ours.error_over_bound,
         "error_bf16": bf16.error.max if bf16 and bf16.error else None,
         "error_bf16_rms": bf16.error.rms if bf16 and bf16.error else None,
         "error_best8": best8.error.max if best8 and best8.error else None,
@@ -81,9 +82,12 @@ def print_row(facts: dict[str, Any]) -> None:
         f" {ratio('best16_us')} {ratio('best8_us')}"
         f" {100 * facts['read_fraction']:5.1f} % {facts['useful_gb_s']:6.0f}"
         f"  {facts['bound_max']:.5f} {facts['error_max']:.5f}"
-        f" {facts['error_bf16'] or float('nan'):.5f} {facts['misses']:3d}",
+        f" {facts['error_bf16'] or float('nan'):.5f} {facts['misses']:3d}"
+        f"  {facts['error_over_bound']:8.2f}",
         flush=True,
     )
+    if facts["error_over_bound"] > 1:
+        print(f"{'':22}an error exceeds its bound, which is an estimate and no proof", flush=True)
     if facts["ours_mj"] is not None:
         peers = ", ".join(
             f"{facts[f'{peer}_name']} {facts[f'{peer}_mj']:.2f}"
