@@ -57,7 +57,7 @@ class DecodeConfig:
 
     @classmethod
     def from_settings(cls, settings: dict[str, str]) -> DecodeConfig:
-        """Defaults changed by texts, as ``--set name=value`` gives them.
+        """Defaults changed by texts, as ``--set name=value`` gives them and tables print them.
 
         Raises
         ------
@@ -68,10 +68,12 @@ class DecodeConfig:
         for name, text in settings.items():
             if name not in CHOICES:
                 raise CodegenError(f"tunable {name!r}: give one of {', '.join(CHOICES)}")
-            by_text = {str(choice): choice for choice in CHOICES[name]}
-            if text not in by_text:
-                raise CodegenError(f"{name}={text}: give one of {', '.join(by_text)}")
-            values[name] = by_text[text]
+            by_text = {str(choice).lower(): choice for choice in CHOICES[name]}
+            by_text |= {str(int(choice)): choice for choice in CHOICES[name]}  # truth values: 0, 1
+            if text.lower() not in by_text:
+                allowed = ", ".join(map(str, CHOICES[name]))
+                raise CodegenError(f"{name}={text}: give one of {allowed}")
+            values[name] = by_text[text.lower()]
         return replace(cls(), **values)
 
 

@@ -18,9 +18,13 @@ def test_every_default_is_a_choice() -> None:
         assert len(CHOICES[tunable.name]) > 1
 
 
-def test_settings_come_as_texts() -> None:
-    config = DecodeConfig.from_settings({"warps": "4", "strided_tiles": "False"})
+@pytest.mark.parametrize("text", ["False", "false", "0"])
+def test_settings_come_as_texts(text: str) -> None:
+    config = DecodeConfig.from_settings({"warps": "4", "strided_tiles": text})
     assert config == DecodeConfig(warps=4, strided_tiles=False)
+
+
+def test_unknown_settings_are_refused() -> None:
     with pytest.raises(CodegenError, match=r"warp_count.*give one of warps"):
         DecodeConfig.from_settings({"warp_count": "4"})
     with pytest.raises(CodegenError, match="warps=7: give one of 4, 6, 8, 12, 16"):

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["OurResult", "OurStep", "torch_put", "torch_zeros"]
 
-_SETTLING_STEPS = 448
-"""Steps before the clock starts: a head's margin takes 425 to fall from its start to its least."""
+_SETTLING_STEPS = 600
+"""Steps before the clock starts: a head's margin takes 425 to fall from its start to its least, and
+125 more for a miss on the way."""
 _APPEND_ROOM = 2048
 """Tokens of room behind the filled cache for the calls that append."""
 _LEAST_READ = 0.2
@@ -52,8 +53,8 @@ class OurResult:
     error : OutputError
         Against float64 attention.
     error_over_bound : float
-        The largest ratio, over all heads, of an error to its bound and the output's own rounding. Of
-        an estimate it may exceed 1, which a row's largest error and bound need not show.
+        The largest ratio, over all heads, of an error to its bound and the output's own rounding.
+        Of an estimate it may exceed 1, which a row's largest error and bound need not show.
     misses : int
         Heads whose bound exceeds the tolerance after the repair.
     """
