@@ -28,6 +28,9 @@ FEEDBACK_GAIN = 0.25
 START_MARGIN = 1.0
 MARGIN_RISE, MARGIN_FALL = 0.25, 0.002
 MARGIN_RANGE = (0.15, 3.0)
+#: Steps in which a margin falls from its start to its least, with a miss on the way: what is timed
+#: before says nothing of a long decode, whose margins are narrower.
+SETTLING_STEPS = math.ceil((START_MARGIN + MARGIN_RISE - MARGIN_RANGE[0]) / MARGIN_FALL)
 #: Near rows: the first and the last of the attended tokens but the newest, whose scores a step
 #: looks at before it plans.  They hold most of what changes from one query to the next.
 NEAR_FIRST, NEAR_LAST = 4, 128

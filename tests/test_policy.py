@@ -15,6 +15,7 @@ from alignedkv.policy import (
     MARGIN_FALL,
     MARGIN_RANGE,
     MARGIN_RISE,
+    SETTLING_STEPS,
     START_MARGIN,
     THETA_RANGE,
     BoundKind,
@@ -178,6 +179,14 @@ def test_the_margin_settles_where_one_step_in_126_misses() -> None:
     ends = (highest - lowest) / (MARGIN_FALL + MARGIN_RISE) / 25_000
     assert (share <= settled + ends).all()
     assert (share[scatter > 0.15] > 0.8 * settled).all()  # 0.8 % lie 2.4 deviations above the aim
+
+
+def test_hints_settle_in_time_with_a_miss_on_the_way() -> None:
+    margin = np.full(2, START_MARGIN)
+    for step in range(SETTLING_STEPS):
+        assert (margin > MARGIN_RANGE[0])[1]  # not settled before
+        margin = feedback_margin(margin, np.array([False, step == 3]))
+    np.testing.assert_allclose(margin, MARGIN_RANGE[0], atol=MARGIN_FALL)
 
 
 @pytest.mark.parametrize("bound", list(BoundKind))

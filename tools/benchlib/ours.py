@@ -16,7 +16,7 @@ from alignedkv.kernels.device import device_target
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import allocate, bytes_read, exact_rows_read
 from alignedkv.kernels.workspace import allocate_workspace
-from alignedkv.policy import PrecisionPolicy
+from alignedkv.policy import SETTLING_STEPS, PrecisionPolicy
 from benchlib.problem import COLD_BYTES, DecodeInputs, DecodeShape, OutputError, output_error
 from benchlib.timing import Timing, time_graph
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["OurResult", "OurStep", "torch_put", "torch_zeros"]
 
-_SETTLING_STEPS = 600
-"""Steps before the clock starts: a head's margin takes 425 to fall from its start to its least, and
-125 more for a miss on the way."""
 _APPEND_ROOM = 2048
 """Tokens of room behind the filled cache for the calls that append."""
 _LEAST_READ = 0.2
@@ -245,7 +242,7 @@ class OurStep:
             stream=torch.cuda.current_stream().cuda_stream,
         )
         self.state = found
-        for _ in range(_SETTLING_STEPS):
+        for _ in range(SETTLING_STEPS):
             self.attend(self.caches[0])
 
 

@@ -18,7 +18,7 @@ from alignedkv.kernels.arrays import DecodeResult
 from alignedkv.kernels.compile import compiler_version
 from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.device import device_target
-from alignedkv.kernels.storage import bytes_read, bytes_stored, to_float32
+from alignedkv.kernels.storage import bytes_read, to_float32
 from alignedkv.kernels.tune.clocks import read_clocks
 from alignedkv.kernels.tune.decide import repeat_until_decided
 from alignedkv.kernels.tune.oracle import why_outside_bound, why_wrong
@@ -204,15 +204,13 @@ class Session:
         exact = self._stage.exact
         size = np.abs(exact).max(axis=-1)
         error = np.abs(to_float32(found.output, spec.query_dtype) - exact).max(axis=-1) / size
-        stored = bytes_stored(
-            spec, batch=problem.batch, kv_heads=problem.kv_heads, capacity=problem.tokens
-        )
+        sixteen_bit = 4 * problem.batch * problem.kv_heads * problem.tokens * spec.head_dim
         facts = {
             "bound": (found.bound / size).max(),
             "error": error.max(),
             "error_rms": np.sqrt(np.mean(error**2)),
             "missed": found.missed.mean(),
-            "read_fraction": bytes_read(spec, found.reads).sum() / stored,
+            "read_fraction": bytes_read(spec, found.reads).sum() / sixteen_bit,
         }
         rounded: dict[str, Any] = {n: float(f"{float(v):.{_DIGITS}g}") for n, v in facts.items()}
         return rounded | {"splits": workspace.splits}

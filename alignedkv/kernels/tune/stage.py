@@ -21,11 +21,10 @@ from alignedkv.kernels.tune.data import Inputs
 from alignedkv.kernels.tune.oracle import CheckCase, check_case, exact_attention, policy_of
 from alignedkv.kernels.tune.trials import Problem
 from alignedkv.kernels.workspace import Workspace, allocate_workspace
+from alignedkv.policy import SETTLING_STEPS
 
 #: A rotation's steps read so many times the L2 cache together: nobody finds his rows there.
 COLD_FACTOR: Final = 4.0
-#: Steps after the probe until theta has settled (measurements.md 6).
-SETTLING_STEPS: Final = 8
 _STATE: Final = HeadState.__slots__
 
 #: ``make_inputs(tokens, xp)`` -> inputs of so many tokens, arrays of the module ``xp``.
@@ -190,6 +189,7 @@ class Stage:
         )
         workspace = self.workspace(self._default)
         for _ in range(SETTLING_STEPS):
+            self.reset_lengths()  # each appends the same token behind the same others
             result = self._step(cache, self._default, state, arguments, workspace)
         read = bytes_read(spec, self._xp.asnumpy(result.reads))
         self.reset_lengths()
