@@ -184,7 +184,7 @@ def test_the_margin_settles_where_one_step_in_126_misses() -> None:
 def test_hints_settle_in_time_with_a_miss_on_the_way() -> None:
     margin = np.full(2, START_MARGIN)
     for step in range(SETTLING_STEPS):
-        assert (margin > MARGIN_RANGE[0])[1]  # not settled before
+        assert margin[1] > MARGIN_RANGE[0]  # not settled before
         margin = feedback_margin(margin, np.array([False, step == 3]))
     np.testing.assert_allclose(margin, MARGIN_RANGE[0], atol=MARGIN_FALL)
 

@@ -68,8 +68,11 @@ class DecodeConfig:
         for name, text in settings.items():
             if name not in CHOICES:
                 raise CodegenError(f"tunable {name!r}: give one of {', '.join(CHOICES)}")
-            by_text = {str(choice).lower(): choice for choice in CHOICES[name]}
-            by_text |= {str(int(choice)): choice for choice in CHOICES[name]}  # truth values: 0, 1
+            by_text = {
+                spelling: choice
+                for choice in CHOICES[name]
+                for spelling in (str(choice).lower(), str(int(choice)))  # truth values: 0, 1
+            }
             if text.lower() not in by_text:
                 allowed = ", ".join(map(str, CHOICES[name]))
                 raise CodegenError(f"{name}={text}: give one of {allowed}")

@@ -204,6 +204,7 @@ class Session:
         exact = self._stage.exact
         size = np.abs(exact).max(axis=-1)
         error = np.abs(to_float32(found.output, spec.query_dtype) - exact).max(axis=-1) / size
+        # Bytes of K and V with two for each number.
         sixteen_bit = 4 * problem.batch * problem.kv_heads * problem.tokens * spec.head_dim
         facts = {
             "bound": (found.bound / size).max(),
