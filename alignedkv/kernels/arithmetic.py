@@ -1,7 +1,7 @@
 """What the arithmetic of an implementation adds to its bounds: the constants of theory.md 7.
 
 The reference works in float64 and adds nothing; the CUDA C++ kernels have their constants in
-``prepare.cu`` and ``bounds.cuh``.  Score errors e^a_t are multiples of lambda g_t, the softmax
+``turn.cuh`` and ``bounds.cuh``.  Score errors e^a_t are multiples of lambda g_t, the softmax
 scale times the row scale of the key; so are all bounds of theory.md 3, and none needs more than the
 scale.
 """

@@ -15,6 +15,8 @@ from alignedkv.policy import BoundKind
 
 #: Rows of a warp's tile that a rare plane is fetched for at a time.
 RARE_ROWS: Final = 16
+#: ``kTileAlignment`` of products.cuh.
+_TILE_ALIGNMENT = 128
 #: ``kNumbers`` of query.cuh and ``kConstants`` of block.cuh.
 _NUMBERS, _CONSTANTS = 9, 9
 #: Sums of a head besides those of its bound: weights, digit middles.
@@ -51,7 +53,7 @@ def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     """``sizeof(DecodeShared)``, the dynamic shared memory of a block of decode.cu."""
     heads = padded_heads(spec)
     classes = _own_classes(spec, config)
-    per_warp = heads * 4 * (classes + 2 + _sums(spec)) + 4 * _extremes(spec)
+    per_warp = heads * 4 * (classes + 2 + _sums(spec)) + 4 * _extremes(spec) + 4
     fixed = query_bytes(spec) + heads * 4 * (_CONSTANTS + 1) + 8 * spec.stored_planes + 44
     tiles = config.warps * (_tile_bytes(spec, config) + _settled_bytes(spec, config))
     merge = (
@@ -59,9 +61,8 @@ def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
         + 4 * spec.subgroup * spec.channels * _dither_shares(spec, config)
         + 4 * MAX_SPLITS * heads
     )
-    alignment = _tile_alignment(spec)
-    return _aligned(fixed + config.warps * per_warp, alignment) + _aligned(
-        max(tiles, merge), alignment
+    return _aligned(fixed + config.warps * per_warp, _TILE_ALIGNMENT) + _aligned(
+        max(tiles, merge), _TILE_ALIGNMENT
     )
 
 
@@ -70,13 +71,11 @@ def _settled_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     if not _is_settled(spec):
         return 0
     class_sums = (_SETTLED_CLASS_SUMS - 1) * _own_classes(spec, config)
-    return 4 * (spec.subgroup * (_bound_sums(spec) * TILE + class_sums) + 2 * TILE + 1)
+    return 4 * (spec.subgroup * (_bound_sums(spec) * TILE + class_sums) + 2 * TILE)
 
 
 def _own_classes(spec: DecodeSpec, config: DecodeConfig) -> int:
     """Classes that a warp meets: ``kOwnClasses`` of tiles.cuh."""
-    if not _is_settled(spec):
-        return spec.dither_rows
     return spec.dither_rows // math.gcd(spec.dither_rows // TILE, config.warps)
 
 
@@ -84,20 +83,12 @@ def _tile_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     """``sizeof(WarpTiles)``."""
     row = [row_bytes(spec.channels, width) for width in spec.layout.widths[: spec.stored_planes]]
     heads = padded_heads(spec)
-    alignment = _tile_alignment(spec)
-    values = _aligned(TILE * (row[0] + row[1] + 4 * heads + 4 + 4), alignment)
+    values = _aligned(TILE * (row[0] + row[1] + 4 * heads + 4 + 4), _TILE_ALIGNMENT)
     rare = RARE_ROWS * max(row[2:]) if row[2:] else 16
-    finer = _aligned(TILE * row[1] + rare + RARE_ROWS, alignment)
+    finer = _aligned(TILE * row[1] + rare + RARE_ROWS, _TILE_ALIGNMENT)
     scores, weights = TILE * heads * 4, 2 * heads * ((TILE + 16) * 2 + 4)
     stages = config.key_stages * TILE * (row[0] + 4)
-    return _aligned(values + finer + scores + weights + stages, alignment)
-
-
-def _tile_alignment(spec: DecodeSpec) -> int:
-    """``kTileAlignment`` of products.cuh."""
-    widths = spec.layout.widths[: spec.stored_planes]
-    rows = [min(row_bytes(spec.channels, width), 128) for width in widths]
-    return max((row for row in rows if row in (32, 64, 128)), default=16)
+    return _aligned(values + finer + scores + weights + stages, _TILE_ALIGNMENT)
 
 
 def _is_settled(spec: DecodeSpec) -> bool:

@@ -39,17 +39,13 @@ INSTRUCTIONS = {
     "rcp.approx.ftz.f32 %0, %1;": "{0} = 1 / ({1})",
     "cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;": "copy({0} + {2}, {1}, {3}, 16, 16)",
     "cp.async.ca.shared.global [%0 + %2], [%1 + %3], %4;": "copy({0} + {2}, {1}, {3}, {4}, {4})",
-    "{.reg .pred p; setp.ne.u32 p, %4, 0;@p cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;}": (
-        "if ({4}) copy({0} + {2}, {1}, {3}, 16, 16)"
+    "{.reg .pred p; .reg .u32 n; setp.ne.u32 p, %4, 0; selp.u32 n, 16, 0, p;"
+    "cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16, n;}": (
+        "copy({0} + {2}, {1}, {3}, {4} ? 16 : 0, 16)"
     ),
-    "{.reg .pred p; setp.ne.u32 p, %4, 0;@p cp.async.ca.shared.global [%0 + %2], [%1 + %3], %5;}": (
-        "if ({4}) copy({0} + {2}, {1}, {3}, {5}, {5})"
-    ),
-    "cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16, %4;": (
-        "copy({0} + {2}, {1}, {3}, {4}, 16)"
-    ),
-    "cp.async.ca.shared.global [%0 + %2], [%1 + %3], %5, %4;": (
-        "copy({0} + {2}, {1}, {3}, {4}, {5})"
+    "{.reg .pred p; .reg .u32 n; setp.ne.u32 p, %4, 0; selp.u32 n, %5, 0, p;"
+    "cp.async.ca.shared.global [%0 + %2], [%1 + %3], %5, n;}": (
+        "copy({0} + {2}, {1}, {3}, {4} ? {5} : 0, {5})"
     ),
     "cp.async.commit_group;": "",
     "cp.async.wait_group %0;": "",

@@ -90,8 +90,9 @@ __device__ __forceinline__ bool answer(
   head.sink = sink * inverse;
   head.spread_hint = before.spread, head.spread = spread;
   head.size = size + largest_mean;
+  const float draw = whole.extremes[kDraw][g];
   head.largest_draw = shared.theta[g] * shared.sampling_share *
-                      exp2_fast(whole.extremes[kDraw][g] - top) * inverse;
+                      fmaxf(exp2_fast(draw - top) * inverse, draw < 0 ? 0.0f : exp2_fast(kPlannedDraw));
   float bound;
   if constexpr (kSettled) {
     bound = statistical_bound(a.step, shared.query, head, whole, g, inverse, largest_mean);

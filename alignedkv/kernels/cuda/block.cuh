@@ -31,9 +31,13 @@ constexpr int kSumCount = kFirstBound + Sums::kCount;
 constexpr int kClassSums = kSettled ? kAllClassSums : 1;
 constexpr int kClassRows = kClassSums * kDitherRows;
 
+// log2 of M / theta_s where chances are from a row's own plan: prefixes reach 8 row scales, and rows are
+// planned by 7.5 of them.  (A plan takes no weight for more than the denominator.)
+constexpr float kPlannedDraw = 0.0931095f;
+
 // Maxima over tokens.
 enum Extreme {
-  kDraw,  // log2 of M / theta_s of sampling.md, Theorem S1, times the denominator
+  kDraw,  // log2 of M / theta_s of sampling.md, Theorem S1, times the denominator; kPlannedDraw: or that
   kKeyScale,
   kValueScale,
   kAllExtremes
@@ -70,8 +74,7 @@ constexpr int rare_bytes() {
   return kRareRows * most;
 }
 
-// Finer key planes of an open tile: the rows of those that have them, side by side, and where the rare
-// ones lie among those of the second plane.
+// Finer key planes of an open tile: rows of the second, and where the rare ones lie among those.
 struct alignas(kTileAlignment) FinerKeys {
   u8 second[kTile * kPlaneRowBytes[1]];
   u8 rare[rare_bytes() > 0 ? rare_bytes() : 16];
@@ -84,8 +87,10 @@ struct alignas(kTileAlignment) ValueQueue {
   u8 first[kTile * kPlaneRowBytes[0]];
   u8 second[kTile * kPlaneRowBytes[1]];
   float weight[kTile][kHeads];  // times the value scale, over the chance
-  i32 token[kTile];
-  Plan plan[kTile];
+  struct {
+    i32 token;
+    Plan plan;
+  } row[kTile];
 };
 
 struct WarpTiles {
@@ -124,6 +129,7 @@ struct DecodeShared {
   Query query;
   float constants[kConstants][kHeads];
   float classes[kWarps][kOwnClasses][kHeads];
+  int first_block[kWarps];  // of those that its classes are of
   float reference[kWarps][kHeads];
   float factor[kWarps][kHeads];
   float sums[kWarps][kSumCount][kHeads];

@@ -7,20 +7,6 @@
 #include "block.cuh"
 #include "warps.cuh"
 
-// ---- class sums of a block --------------------------------------------------------------------------
-
-// A warp's part of a class sum, by its place in Partial::classes; 0 for classes that it does not meet.
-__device__ __forceinline__ float class_sum(const DecodeShared& shared, int warp, int place) {
-  const int g = place % kHeads, of_token = place / kHeads % kDitherRows;
-  const int sum = place / (kHeads * kDitherRows);
-  const SettledSums::Memory& settled = shared.warps.settled(warp);
-  if (g >= kGroup || of_token / kTile % kBlocksApart != settled.first_block) return 0.0f;
-  if (sum == kDither) return shared.classes[warp][own_class(of_token)][g];
-  return settled.classes[sum - 1][g][own_class(of_token)];
-}
-
-// ---- the bound ------------------------------------------------------------------------------------
-
 // Norms over the classes, normalised, with R_t = a_t + rho; `_one`: with 1 for R.
 struct ClassNorms {
   float linear, linear_one;        // sqrt(V)

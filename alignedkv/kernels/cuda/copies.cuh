@@ -29,30 +29,18 @@ __device__ __forceinline__ void copy_async(u32 to, const void* from) {
   }
 }
 
-// Where `on` does not hold, what lies in shared memory stays.
-template <int kBytes, int kTo = 0, int kFrom = 0>
-__device__ __forceinline__ void copy_async_if(u32 to, const void* from, u32 on) {
-  if constexpr (kBytes == 16) {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %4, 0;\n"
-                 "@p cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16;}"
-                 :: "r"(to), "l"(from), "n"(kTo), "n"(kFrom), "r"(on) : "memory");
-  } else {
-    asm volatile("{.reg .pred p; setp.ne.u32 p, %4, 0;\n"
-                 "@p cp.async.ca.shared.global [%0 + %2], [%1 + %3], %5;}"
-                 :: "r"(to), "l"(from), "n"(kTo), "n"(kFrom), "r"(on), "n"(kBytes) : "memory");
-  }
-}
-
-// Where `on` does not hold, zeros; nothing is read.
+// Where `on` is 0, zeros; nothing is read.  (The condition is spelled out: of a number of bytes the
+// compiler makes it anew.)
 template <int kBytes, int kTo = 0, int kFrom = 0>
 __device__ __forceinline__ void copy_async_or_zero(u32 to, const void* from, u32 on) {
-  const u32 bytes = on ? kBytes : 0;
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16, %4;"
-                 :: "r"(to), "l"(from), "n"(kTo), "n"(kFrom), "r"(bytes) : "memory");
+    asm volatile("{.reg .pred p; .reg .u32 n; setp.ne.u32 p, %4, 0; selp.u32 n, 16, 0, p;\n"
+                 "cp.async.cg.shared.global [%0 + %2], [%1 + %3], 16, n;}"
+                 :: "r"(to), "l"(from), "n"(kTo), "n"(kFrom), "r"(on) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0 + %2], [%1 + %3], %5, %4;"
-                 :: "r"(to), "l"(from), "n"(kTo), "n"(kFrom), "r"(bytes), "n"(kBytes) : "memory");
+    asm volatile("{.reg .pred p; .reg .u32 n; setp.ne.u32 p, %4, 0; selp.u32 n, %5, 0, p;\n"
+                 "cp.async.ca.shared.global [%0 + %2], [%1 + %3], %5, n;}"
+                 :: "r"(to), "l"(from), "n"(kTo), "n"(kFrom), "r"(on), "n"(kBytes) : "memory");
   }
 }
 

@@ -84,6 +84,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   const bool again = a.pass > 0;
   const u32* missed = again ? a.workspace.retry + (a.pass - 1) % 2 * heads : nullptr;
   if (again) {
+    release_next_kernel();  // as a rule there is nothing to do here
     await_previous_kernel();
     // A head that is not read again does not miss again.
     if (block < heads && !missed[block] && threadIdx.x == 0) missed_now(a, heads)[block] = 0;
@@ -139,7 +140,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   }
   await_copies<0>();
   __syncwarp();
-  if constexpr (kSettled) worker.start_sums(worker.sums, course);
+  if (lane == 0) shared.first_block[warp] = course.first_block();
+  if constexpr (kSettled) worker.start_sums(worker.sums);
   worker.run(range, course);
 
   release_next_kernel();

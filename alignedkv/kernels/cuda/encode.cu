@@ -1,6 +1,7 @@
 // Rows in, digit planes out: a whole prefill (or any number of new tokens) in one launch, and the
 // statistics that the transforms are fitted to.
 
+#include "append.cuh"
 #include "rows.cuh"
 
 constexpr int kEncodeThreads = kEncodeWarps * kWarpSize;

@@ -83,6 +83,7 @@ __device__ __forceinline__ void Worker::leave_sums() {
     const float sum = warp_sums(x);
     if (lane < kAtOnce && kFirst + lane < kAll) to[kFirst + lane] = sum;
   });
+  leave_classes();
   if constexpr (kSettled) leave_extremes();
   if constexpr (kSampleValues) {
     const float most = warp_max(largest_draw);

@@ -54,17 +54,22 @@ __device__ __forceinline__ void leave_block_outputs(DecodeShared& shared, Partia
   }
 }
 
+// A warp's part of a class sum, by its place in Partial::classes; 0 for classes that it does not meet.
+__device__ __forceinline__ float class_sum(const DecodeShared& shared, int warp, int place) {
+  const int g = place % kHeads, of_token = place / kHeads % kDitherRows;
+  const int sum = place / (kHeads * kDitherRows);
+  if (of_token / kTile % kBlocksApart != shared.first_block[warp]) return 0.0f;
+  if (!kSettled || sum == kDither) return shared.classes[warp][own_class(of_token)][g];
+  return g < kGroup ? shared.warps.settled(warp).classes[sum - 1][g][own_class(of_token)] : 0.0f;
+}
+
 // Sums and class sums of the block.
 __device__ __forceinline__ void leave_block_sums(const DecodeShared& shared, Partial& part) {
   for (int i = thread_index(); i < kClassRows * kHeads; i += kThreads) {
     float sum = 0;
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      if constexpr (kSettled) {
-        sum = fmaf(shared.factor[w][i % kHeads], class_sum(shared, w, i), sum);
-      } else {
-        sum = fmaf(shared.factor[w][i % kHeads], (&shared.classes[w][0][0])[i], sum);
-      }
+      sum = fmaf(shared.factor[w][i % kHeads], class_sum(shared, w, i), sum);
     }
     store_past_l1(&part.classes[0][0] + i, sum);
   }

@@ -5,7 +5,9 @@
 __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_token, int stage) {
   Tokens t;
   t.first_token = first_token;
-  t.scales = mine.scales[stage][lane];
+  const int row = lane ^ dither_class(first_token) % kTile;  // a lane's class is the same in all tiles
+  t.token = first_token + row;
+  t.scales = mine.scales[stage][row];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int x[kHeadBlocks][2];
@@ -20,8 +22,8 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
   const float key_scale = t.key_scale(), value_scale = t.value_scale();
   {
     float product[kGroup], of_class[kGroup], unit[kGroup], offset[kGroup];
-    load_heads(product, mine.scores[lane]);
-    load_heads(of_class, block.query.classes[class_of(t)]);
+    load_heads(product, mine.scores[row]);
+    load_heads(of_class, block.query.classes[first_class(t) + lane]);
     load_heads(unit, block.query.numbers[kUnit16]);
     load_heads(offset, block.constants[kOffset]);
 #pragma unroll
@@ -59,32 +61,49 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
     // sampling.py: a row below theta_s is drawn with its chance, a multiple of 2^-24.
     constexpr float kDraws = 1 << 24;
     const float allowed = fmaxf(ceilf(exp2_fast(fminf(above, 0.0f)) * kDraws), 1.0f);
-    const u32 draw = mix((static_cast<u32>(token_of(t)) * kSpread) ^ block.query.stream) >> 8;
+    const u32 draw = mix((static_cast<u32>(t.token) * kSpread) ^ block.query.stream) >> 8;
     if (above < 0.0f) {
       t.chance = allowed * (1.0f / kDraws);
       t.value = static_cast<float>(draw) < allowed ? Plan::one_plane() : Plan::skip();
+      largest_draw = fmaxf(largest_draw, kPlannedDraw);
     }
   }
   if (first_token < range.first || first_token + kTile > range.end) {
-    if (!range.holds(token_of(t))) t.leave(), t.scales = 0;
+    if (!range.holds(t.token)) t.leave(), t.scales = 0;
   }
   // A row kept exact has its turn in add_exact_rows.
-  if (kExactRows && range.is_exact(a.cache, token_of(t))) t.leave();
+  if (kExactRows && range.is_exact(a.cache, t.token)) t.leave();
   return t;
+}
+
+__device__ __forceinline__ FinerLanes Worker::finer_lanes(const Tokens& t) const {
+  FinerLanes lanes = {__ballot_sync(kAllLanes, t.key.reads(2)), 0, false};
+  if constexpr (kStoredPlanes >= 3) {
+    if (lanes.second) lanes.third = __ballot_sync(kAllLanes, t.key.reads(3));
+  }
+  lanes.share_rows = kThirdIsLikeSecond && __popc(lanes.second) + __popc(lanes.third) <= kTile;
+  return lanes;
 }
 
 // Rows that the plan of a tile asks for, on their way.
 __device__ __forceinline__ void Worker::fetch_finer(const Tokens& t, FinerKeys& to) {
-  const u32 second = __ballot_sync(kAllLanes, t.key.reads(2));
-  if (!second) return;
+  const FinerLanes lanes = finer_lanes(t);
+  if (!lanes.second) return;
   if (t.key.reads(2)) {
-    const int slot = place_in(second);
-    copy_row<1>(shared_address(to.second), slot, a.cache.key_planes[1], rows.of(token_of(t)));
+    const u32 row = rows.of(t.token), at = shared_address(to.second);
+    copy_row<1>(at, place_in(lanes.second), a.cache.key_planes[1], row);
     atomicAdd(block.reads + 1, 1u);
+    if constexpr (kThirdIsLikeSecond) {
+      if (lanes.share_rows && t.key.reads(3)) {
+        copy_row<2>(at, __popc(lanes.second) + place_in(lanes.third), a.cache.key_planes[2], row);
+        atomicAdd(block.reads + 2, 1u);
+      }
+    }
   }
   if constexpr (kStoredPlanes >= 3) {
-    const u32 third = __ballot_sync(kAllLanes, t.key.reads(3));
-    if (third) fetch_rare<2>(t, place_in(second), place_in(third), to);
+    if (lanes.third && !lanes.share_rows) {
+      fetch_rare<2>(t, place_in(lanes.second), place_in(lanes.third), to);
+    }
   }
 }
 
@@ -93,7 +112,7 @@ template <int kPlane>
 __device__ __forceinline__ void Worker::fetch_rare(
     const Tokens& t, int place_of_second, int place, FinerKeys& to) {
   if (!t.key.reads(kPlane + 1) || place < 0 || place >= kRareRows) return;
-  copy_row<kPlane>(shared_address(to.rare), place, a.cache.key_planes[kPlane], rows.of(token_of(t)));
+  copy_row<kPlane>(shared_address(to.rare), place, a.cache.key_planes[kPlane], rows.of(t.token));
   to.order[place] = place_of_second;
   atomicAdd(block.reads + kPlane, 1u);
 }

@@ -27,16 +27,8 @@ __device__ __forceinline__ constexpr int swizzle_of(int row) {
 template <int kWidth>
 constexpr bool kSwizzled = swizzle_of<kWidth>(7) != 0;
 
-// So that 16 bytes of a swizzled row are found by an exclusive or within 128 bytes.
-constexpr int tile_alignment() {
-  int most = 16;
-  for (int bytes : kPlaneRowBytes) {
-    const bool is_swizzled = bytes % 128 == 0 || bytes == 64 || bytes == 32;
-    if (is_swizzled && bytes > most) most = bytes < 128 ? bytes : 128;
-  }
-  return most;
-}
-constexpr int kTileAlignment = tile_alignment();
+// So that 16 bytes of a swizzled row are found by an exclusive or, and the banks of a row are known.
+constexpr int kTileAlignment = 128;
 
 // ---- keys ------------------------------------------------------------------------------------------
 

@@ -21,13 +21,13 @@ __device__ __forceinline__ void Worker::settle_reference(const Tokens& t) {
 // Scores from all key planes that were read.
 __device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
   if constexpr (kSettled) start_settling(t);
-  const u32 second = __ballot_sync(kAllLanes, t.key.reads(2));
-  if (!second) return;
-  const int place = place_in(second);
+  const FinerLanes lanes = finer_lanes(t);
+  if (!lanes.second) return;
+  const int place = place_in(lanes.second), count = __popc(lanes.second);
   constexpr int kWidth = kWidths[1];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    if (__popc(second) <= 16 * half) break;
+    if (count + (lanes.share_rows ? __popc(lanes.third) : 0) <= 16 * half) break;
     int x[kHeadBlocks][2];
     key_products<kWidth>(x, keys.second + half * 16 * kPlaneRowBytes[1], block.query, lane);
     // In the unit of the first plane's products: kUnit16.
@@ -43,35 +43,49 @@ __device__ __forceinline__ void Worker::refine(Tokens& t, FinerKeys& keys) {
     keep_or_drop<2>(t, place, t.key.reads(2));
     __syncwarp();
   }
-  if constexpr (kStoredPlanes >= 3) add_rare_planes(t, place, keys);
-  if (!kSettled && t.key.reads(2)) {
+  add_rare_planes<2>(t, place, lanes.share_rows, keys);
+  if constexpr (!kSettled) {
+    // For all lanes alike: a branch of some costs more.
+    const bool is_finer = t.key.reads(2);
     float finer[kGroup], unit[kGroup], half[kGroup];
-    load_heads(finer, mine.scores[place]);
+    load_heads(finer, mine.scores[is_finer ? place : 0]);
+    if (kThirdIsLikeSecond && lanes.third && lanes.share_rows) {
+      const bool has_third = t.key.reads(3);
+      const float scale = has_third ? 1.0f / (1 << (gain(3) - gain(2))) : 0.0f;
+      float third[kGroup];
+      load_heads(third, mine.scores[has_third ? count + place_in(lanes.third) : 0]);
+#pragma unroll
+      for (int g = 0; g < kGroup; ++g) finer[g] = fmaf(scale, third[g], finer[g]);
+    }
     load_heads(unit, block.query.numbers[kUnit16]);
     load_heads(half, block.query.numbers[kHalf]);
-    const float key_scale = t.key_scale();
+    const float key_scale = is_finer ? t.key_scale() : 0.0f;
     const float middle = 0.5f * t.key.step() - 0.5f;  // of the digits read, less the first's
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
       const float added = key_scale * fmaf(half[g], middle, unit[g] * finer[g]);
       if constexpr (kSoftcap) {
-        t.score[g] = capped(t.uncapped[g] + added, g);
+        // Not of tokens without weight: their scores are no caps of anything.
+        t.score[g] = is_finer ? capped(t.uncapped[g] + added, g) : t.score[g];
       } else {
         t.score[g] += added;
       }
     }
-    t.value = plan_value(t);
+    t.value = plan_value(t, is_finer);
   }
   __syncwarp();
 }
 
-// Third and later planes, kRareRows rows at a time; the first of the third are there already.  `place`:
-// of this lane's row in `mine.scores`.
-__device__ __forceinline__ void Worker::add_rare_planes(Tokens& t, int place, FinerKeys& keys) {
-  unrolled<2, kStoredPlanes>([&](auto plane) {
-    constexpr int kPlane = decltype(plane)::value, kWidth = kWidths[kPlane];
+// Planes from kPlane on, kRareRows rows at a time; the first of the third are there already.  `place`: of
+// this lane's row in `mine.scores`; `has_third`: whether all of the third are in there as well.
+template <int kPlane>
+__device__ __forceinline__ void Worker::add_rare_planes(
+    Tokens& t, int place, bool has_third, FinerKeys& keys) {
+  if constexpr (kPlane < kStoredPlanes) {
+    constexpr int kWidth = kWidths[kPlane];
     const u32 having = __ballot_sync(kAllLanes, t.key.reads(kPlane + 1));
-    const int count = __popc(having), place_here = place_in(having);
+    if (!having) return;
+    const int count = kPlane == 2 && has_third ? 0 : __popc(having), place_here = place_in(having);
 #pragma unroll 1
     for (int first = 0; first < count; first += kRareRows) {
       if (kPlane > 2 || first > 0) {
@@ -98,5 +112,6 @@ __device__ __forceinline__ void Worker::add_rare_planes(Tokens& t, int place, Fi
         __syncwarp();
       }
     }
-  });
+    add_rare_planes<kPlane + 1>(t, place, has_third, keys);
+  }
 }

@@ -272,37 +272,3 @@ __device__ __forceinline__ void decode_row(
     x[i] = __fmul_rn(unit, middle - offset);
   }
 }
-
-// ---- a token ------------------------------------------------------------------------------------
-
-// Write one token: planes and scales of its key and value, and its exact rows if it has a slot.
-__device__ __forceinline__ void encode_token(
-    const Cache& cache, int sequence, int head, int token, int length,
-    const RowBits* key /* [D] */, const RowBits* value /* [D] */, Words& words) {
-  const int lane = lane_of_thread();
-  const i64 of_head = head_index(cache, sequence, head);
-  const u32 row = HeadRows(cache, sequence, head).of(token);
-  const int row_class = dither_class(token);
-  float x[kPerLane];
-
-  load_row<kRowDtype>(x, key);
-  transform_key(x, cache, of_head);
-  const u32 key_scale = encode_row(x, dither_row(cache, 0, row_class), words);
-  store_planes(words, cache.key_planes, row);
-
-  load_row<kRowDtype>(x, value);
-  centre_value(x, cache, of_head);
-  const u32 value_scale = encode_row(x, dither_row(cache, 1, row_class), words);
-  store_planes(words, cache.value_planes, row);
-
-  if (lane == 0) cache.scales[row] = key_scale | value_scale << 16;
-  if constexpr (kExactRows) {
-    const int slot = exact_slot(cache, token, cache.starts[sequence], length);
-    if (slot < 0) return;
-    const i64 offset = exact_offset(cache, of_head, slot);
-    for (int c = lane; c < kHeadDim; c += kWarpSize) {
-      cache.exact_keys[offset + c] = key[c];
-      cache.exact_values[offset + c] = value[c];
-    }
-  }
-}

@@ -3,19 +3,10 @@
 
 #include "worker.cuh"
 
-// `scaled`: weights times value scales over chances.
+// `scaled`: weights times value scales over chances, of value rows that are read.
 __device__ __forceinline__ void Worker::settle(Tokens& t, float (&scaled)[kGroup]) {
-  if constexpr (kSettled) t.value = plan_value(t);
+  if constexpr (kSettled) t.value = plan_value(t, true);
   const float per_chance = kSampleValues ? reciprocal_fast(t.chance) : 1.0f;
-  if constexpr (kSampleValues) {
-    float value_gain[kGroup], most = kNever;
-    load_heads(value_gain, block.constants[kValueGain]);
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) most = fmaxf(most, t.score[g] + value_gain[g]);
-    // Prefixes reach 8 row scales, sizes are 7.5.
-    most += log2_fast(t.value_scale() * per_chance) + (block.skip_gain + 0.0931095f);
-    if (t.chance < 1.0f) largest_draw = fmaxf(largest_draw, most);
-  }
   if (shifted) {
     float reference[kGroup];
     load_heads(reference, block.reference[warp]);
@@ -39,7 +30,7 @@ __device__ __forceinline__ void Worker::settle(Tokens& t, float (&scaled)[kGroup
       const float weight =
           sums.template add<kIsCoarse>(g, t.score[g], shared, first[g], second[g]);
       total[g] += weight;
-      scaled[g] = weight * unit;
+      scaled[g] = t.value.reads_any() ? weight * unit : 0.0f;
     }
   };
   if (shared.is_coarse) {
@@ -50,8 +41,9 @@ __device__ __forceinline__ void Worker::settle(Tokens& t, float (&scaled)[kGroup
   add_to_classes(t, scaled);
 }
 
-// Value planes from the scores as they are now; a row that is skipped or left to chance remains so.
-__device__ __forceinline__ Plan Worker::plan_value(const Tokens& t) const {
+// Value planes from the scores as they are now, if these are finer than those that they were planned from;
+// a row that is skipped or left to chance remains so.
+__device__ __forceinline__ Plan Worker::plan_value(const Tokens& t, bool is_finer) {
   float margin[kGroup], value_gain[kGroup];
   load_heads(margin, block.constants[kMargin]);
   load_heads(value_gain, block.constants[kValueGain]);
@@ -63,24 +55,35 @@ __device__ __forceinline__ Plan Worker::plan_value(const Tokens& t) const {
     excess = fmaxf(excess, fminf(fmaf(margin[g], step, t.score[g]), 0.0f) + value_gain[g]);
   }
   excess += log2_fast(t.value_scale());
-  const bool is_settled = !t.value.reads_any() || (kSampleValues && t.chance < 1.0f);
-  return is_settled ? t.value : Plan{excess};
+  const bool is_drawn = kSampleValues && t.chance < 1.0f;
+  if constexpr (kSampleValues) {
+    // Its chance is from another score.
+    const float draw = excess + (block.skip_gain + kPlannedDraw) - log2_fast(t.chance);
+    largest_draw = fmaxf(largest_draw, is_drawn && is_finer ? draw : kNever);
+  }
+  return is_drawn || !is_finer || !t.value.reads_any() ? t.value : Plan{excess};
 }
 
-// Weights times value scales, by dither class: B of theory.md (2.3).  Weights as they are, not as
-// `add_values` rounds them: what rounding loses is then lost of a prefix without its dither.  The
-// tokens of a tile are of different classes.
+// Weights as they are, not as `add_values` rounds them: what rounding loses is then lost of a prefix
+// without its dither.
 __device__ __forceinline__ void Worker::add_to_classes(
     const Tokens& t, const float (&scaled)[kGroup]) {
-  if (t.value.reads_any()) {
-    float* of_class = block.classes[warp][own_class(class_of(t))];
-    float sum[kGroup];
-    load_heads(sum, of_class);
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) sum[g] += scaled[g];
-    store_heads(of_class, sum);
+  if constexpr (kOwnClasses > kTile) {
+    const int place = own_class(first_class(t));
+    if (place != class_place) leave_classes(), class_place = place;
   }
-  __syncwarp();
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) of_class[g] += scaled[g];
+}
+
+// Class sums to the warp's memory.
+__device__ __forceinline__ void Worker::leave_classes() {
+  float* to = block.classes[warp][class_place + lane];
+  float sum[kGroup];
+  load_heads(sum, to);
+#pragma unroll
+  for (int g = 0; g < kGroup; ++g) sum[g] += of_class[g], of_class[g] = 0.0f;
+  store_heads(to, sum);
 }
 
 // Wanted value rows of a tile: to the queue, where there is room.  A lane copies its own row.
@@ -89,10 +92,9 @@ __device__ __forceinline__ void Worker::push_values(
   ValueQueue& queue = mine.values;
   if (t.value.reads_any()) {
     const int slot = queued_values + place_in(wanted);
-    const u32 row = rows.of(token_of(t));
+    const u32 row = rows.of(t.token);
     store_heads(queue.weight[slot], scaled);
-    queue.token[slot] = token_of(t);
-    queue.plan[slot] = t.value;
+    queue.row[slot] = {t.token, t.value};
     copy_row<0>(shared_address(queue.first), slot, a.cache.value_planes[0], row);
     atomicAdd(block.reads + kStoredPlanes, 1u);
     if (t.value.reads(2)) {

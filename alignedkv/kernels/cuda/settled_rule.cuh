@@ -71,7 +71,7 @@ __device__ __forceinline__ void Worker::keep_or_drop(Tokens& t, int place, bool 
 __device__ __forceinline__ SettledToken Worker::settled_token(const Tokens& t) const {
   SettledToken token = t.settled;
   token.errs = t.score[0] != kNever;
-  token.of_class = own_class(class_of(t));
+  token.of_class = own_class(first_class(t)) + lane;
   return token;
 }
 
@@ -169,10 +169,9 @@ __device__ __forceinline__ float SettledSums::stops(
 // ---- a warp's memory ------------------------------------------------------------------------------
 
 template <class SumsOfBound>
-__device__ __forceinline__ void Worker::start_sums(SumsOfBound& sums, const Course& course) {
+__device__ __forceinline__ void Worker::start_sums(SumsOfBound& sums) {
   SettledSums::Memory& memory = block.warps.settled(warp);
   for (float* x = &memory.lanes[0][0][lane]; x <= &memory.largest_scales[1][lane]; x += 32) *x = 0;
-  if (lane == 0) memory.first_block = course.token / kTile % kBlocksApart;
   sums = {&memory, block.query.numbers, block.constants, block.reference[warp]};
   __syncwarp();
 }

@@ -40,7 +40,6 @@ struct SumsOf<Bound::Statistical> {
     float lanes[kCount][kGroup][32];
     float classes[kAllClassSums - 1][kGroup][kOwnClasses];
     float largest_scales[2][32];  // of keys that err, and of all values; by lane
-    int first_block;              // of classes that it meets
   };
   Memory* memory;
   const float (*numbers)[kHeads];    // of the query

@@ -82,13 +82,13 @@ struct Share {
   }
 };
 
-// The settled rule sums per class.  The classes of a tile are one block of 32 dither rows, and every
-// kDitherRows tokens hold a tile of each block.  Warps take the tiles in the order of their blocks
-// there, and so meet every kBlocksApart-th block only: class sums of a warp are for these.
+// Sums per dither class.  The classes of a tile are one block of 32 dither rows, and every kDitherRows
+// tokens hold a tile of each block.  Warps take the tiles in the order of their blocks there, and so
+// meet every kBlocksApart-th block only: class sums of a warp are for these, of one block as a rule.
 constexpr int kClassBlocks = kDitherRows / kTile;
 
 constexpr int common_divisor(int a, int b) { return b ? common_divisor(b, a % b) : a; }
-constexpr int kBlocksApart = kSettled ? common_divisor(kClassBlocks, kWarps) : 1;
+constexpr int kBlocksApart = common_divisor(kClassBlocks, kWarps);
 constexpr int kOwnClasses = kDitherRows / kBlocksApart;
 
 // Where a class lies among those that a warp meets.
@@ -103,20 +103,7 @@ struct Course {
   int token, end, step;
 
   __device__ __forceinline__ static Course of(const Range& range, int split, int splits, int warp) {
-    if constexpr (kSettled) return by_class(range, split, splits, warp);
-    return of_tiles(range.first_tile(), range.tiles(), split, splits, warp);
-  }
-
-  // The tile at a place of the course.
-  __device__ __forceinline__ static int tile_at(int token) {
-    if constexpr (!kSettled) return token;
-    return token / kDitherRows * kDitherRows + dither_class(token) / kTile * kTile;
-  }
-
- private:
-  // Whole blocks of dither rows; of those at the ends, tiles that nobody attends to are left out.
-  __device__ __forceinline__ static Course by_class(
-      const Range& range, int split, int splits, int warp) {
+    // Whole blocks of dither rows; of those at the ends, tiles that nobody attends to are left out.
     const int first = range.first / kDitherRows * kClassBlocks;
     const int end = (range.end + kDitherRows - 1) / kDitherRows * kClassBlocks;
     const int tiles = range.end > range.first ? end - first : 0;
@@ -132,6 +119,16 @@ struct Course {
     return course;
   }
 
+  // The tile at a place of the course.
+  __device__ __forceinline__ static int tile_at(int token) {
+    constexpr int kBlocks = (kDitherRows - 1) & ~(kTile - 1);
+    return (token & ~(kDitherRows - 1)) | (dither_class(token) & kBlocks);
+  }
+
+  // Which of the kBlocksApart sorts of blocks it meets.
+  __device__ __forceinline__ int first_block() const { return token / kTile % kBlocksApart; }
+
+ private:
   __device__ __forceinline__ static Course of_tiles(
       int first_tile, int tiles, int split, int splits, int warp) {
     Course course;
@@ -170,8 +167,8 @@ struct TileRows {
   }
 };
 
-// The wanted rows of a tile of keys to their places at `to`; elsewhere what lies there stays.
-template <int kPlane>
+// The wanted rows of a tile to their places at `to`, zeros to the others; kAll: all are wanted.
+template <int kPlane, bool kAll = false>
 __device__ __forceinline__ void copy_rows(
     u32 to, const u8* plane, const TileRows& rows, u32 wanted, int lane) {
   constexpr int kWidth = kWidths[kPlane], kRowBytes = kPlaneRowBytes[kPlane];
@@ -198,15 +195,13 @@ __device__ __forceinline__ void copy_rows(
       is_high = this_row >= 16;
     }
     const u8* from = kPageTokens == 16 && is_high ? high : low;
-    const u32 place = (chunk ^ swizzle ^ (kIndex % 2 ? kChange : 0)) * kChunk;
-    copy_async_if<kChunk, kOffset, kOffset>(to + place, from, on);
+    const u32 at = to + (chunk ^ swizzle ^ (kIndex % 2 ? kChange : 0)) * kChunk;
+    if constexpr (kAll) {
+      copy_async<kChunk, kOffset, kOffset>(at, from);
+    } else {
+      copy_async_or_zero<kChunk, kOffset, kOffset>(at, from, on);
+    }
   });
-}
-
-// All of them.
-template <int kPlane>
-__device__ __forceinline__ void copy_tile(u32 to, const u8* plane, const TileRows& rows, int lane) {
-  copy_rows<kPlane>(to, plane, rows, 0xffffffffu, lane);
 }
 
 // Row `row` of a plane, by one lane, to a slot of the tile at `to`.

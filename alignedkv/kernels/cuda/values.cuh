@@ -64,7 +64,7 @@ __device__ __forceinline__ bool Worker::leave_weights(Plan plan) {
 }
 
 __device__ __forceinline__ void Worker::add_values() {
-  const Plan plan = lane < queued_values ? mine.values.plan[lane] : Plan::one_plane();
+  const Plan plan = lane < queued_values ? mine.values.row[lane].plan : Plan::one_plane();
   const bool has_fine_weights = leave_weights(plan);
   const bool has_second = __any_sync(kAllLanes, plan.reads(2));
   const ValueRows<kWidths[0]> first(mine.values.first, lane);
@@ -97,6 +97,7 @@ __device__ __forceinline__ void Worker::add_values() {
 // Rows without a second plane are zeros there.
 __device__ __forceinline__ void Worker::clear_second_values() {
   float4* rows = reinterpret_cast<float4*>(mine.values.second);
+#pragma unroll 1
   for (int i = lane; i < static_cast<int>(sizeof mine.values.second) / 16; i += 32) {
     rows[i] = make_float4(0, 0, 0, 0);
   }
@@ -106,15 +107,16 @@ __device__ __forceinline__ void Worker::clear_second_values() {
 // Digits of weights as operands: high ones are bytes 1 and 3 of a pair, low ones bytes 0 and 2, 128 too
 // large.
 __device__ __forceinline__ void Worker::load_weights(int pass) {
-  const bool low = r % 2;
-  const u32 select = low ? 0x6420 : 0x7531, sign = low ? 0x80808080u : 0;
+  const u32 select = r % 2 ? 0x6420 : 0x7531, sign = r % 2 ? 0x80808080u : 0;
+  const u32 of_pass = weights_at + pass * sizeof mine.weights[0];
+  const u8* of_lane = static_cast<const u8*>(__cvta_shared_to_generic(of_pass));
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
     weight_unit[b] = mine.weight_units[pass][4 * b + c];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const u16* of_lane = mine.weights[pass][4 * b + r / 2] + 4 * c + 16 * k;
-      const uint2 four = *reinterpret_cast<const uint2*>(of_lane);
+      const u8* at = of_lane + 4 * b * sizeof mine.weights[0][0] + 16 * k * sizeof(u16);
+      const uint2 four = *reinterpret_cast<const uint2*>(at);
       weights[b][k] = __byte_perm(four.x, four.y, select) ^ sign;
     }
   }
@@ -170,7 +172,7 @@ template <int kPlane>
 __device__ __forceinline__ void Worker::add_late_plane(u32 wanted) {
   constexpr int kWidth = kWidths[kPlane];
   u8* tile = mine.values.first;
-  const auto row_of = [&](int slot) { return rows.of(mine.values.token[slot]); };
+  const auto row_of = [&](int slot) { return rows.of(mine.values.row[slot].token); };
 #pragma unroll 1
   for (int half = 0; half < (kWidth == 8 ? 2 : 1); ++half) {
     __syncwarp();

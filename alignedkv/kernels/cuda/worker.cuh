@@ -47,12 +47,15 @@ struct Tokens {
   float uncapped[kSoftcap ? kGroup : 1];
   u32 scales;           // key in the low half, value in the high
   int first_token;      // of the tile; -1: there is none
+  int token;            // of this lane
   float chance;         // with which the value row is read
   Plan key, value;      // what is to be read, or was
   SettledToken settled;
 
   __device__ __forceinline__ float key_scale() const { return scale_of(scales & 0xffff); }
   __device__ __forceinline__ float value_scale() const { return scale_of(scales >> 16); }
+  // Make it no token: nothing is read.
+  __device__ __forceinline__ void close() { leave(), scales = 0, token = first_token = -1; }
   // Make it a token without weight.
   __device__ __forceinline__ void leave() {
 #pragma unroll
@@ -60,6 +63,15 @@ struct Tokens {
     key = Plan::one_plane(), value = Plan::skip(), chance = 1.0f;
   }
 };
+
+// Which lanes of a tile want more key planes than the first.
+struct FinerLanes {
+  u32 second, third;
+  bool share_rows;  // rows of the third plane lie behind those of the second, and are multiplied with them
+};
+// The settled rule wants the planes' scores one after the other.
+constexpr int width_of(int plane) { return plane < kStoredPlanes ? kWidths[plane] : 0; }
+constexpr bool kThirdIsLikeSecond = !kSettled && width_of(2) == width_of(1);
 
 // What a warp does, and its state between the stages.
 class Worker {
@@ -74,9 +86,12 @@ class Worker {
         rows(arguments.cache, sequence, head),
         part(of_head % kSubgroups),
         warp(warp),
-        lane(lane_of_thread()),
-        r(lane_of_thread() / 4),
-        c(lane_of_thread() % 4) {}
+        // Read anew, it costs more than a register, where there is one; the remainder tells its range,
+        // without which loops that begin at it would be a lane's own.
+        lane(kSettled || kExactRows ? lane_of_thread() : held(lane_of_thread()) % kWarpSize),
+        r(lane / 4),
+        c(lane % 4),
+        weights_at(shared_address(&mine.weights[0][r / 2][4 * c])) {}
 
   // Fetch the first key plane and the scales of a tile into a stage.  Of tokens that are not attended
   // nothing is read.
@@ -86,28 +101,32 @@ class Worker {
     const u32 scale = shared_address(&mine.scales[stage][lane]);
     const u32* scales = a.cache.scales + at.of_row(lane);
     if (token >= range.first && token + kTile <= range.end) {
-      copy_tile<0>(keys, a.cache.key_planes[0], at, lane);
+      copy_rows<0, true>(keys, a.cache.key_planes[0], at, kAllLanes, lane);
       copy_async<4>(scale, scales);
     } else {
       const bool is_attended = range.holds(token + lane);
       const u32 attended = __ballot_sync(kAllLanes, is_attended);
       copy_rows<0>(keys, a.cache.key_planes[0], at, attended, lane);
-      copy_async_if<4>(scale, scales, is_attended);
+      copy_async_or_zero<4>(scale, scales, is_attended);
     }
   }
 
   __device__ __forceinline__ void run(const Range& range, const Course& course);
   __device__ __forceinline__ Tokens open(const Range& range, int first_token, int stage);
+  __device__ __forceinline__ FinerLanes finer_lanes(const Tokens& t) const;
   __device__ __forceinline__ void fetch_finer(const Tokens& t, FinerKeys& to);
   template <int kPlane>
   __device__ __forceinline__ void fetch_rare(
       const Tokens& t, int place_of_second, int place, FinerKeys& to);
   __device__ __forceinline__ void settle_reference(const Tokens& t);
   __device__ __forceinline__ void refine(Tokens& t, FinerKeys& keys);
-  __device__ __forceinline__ void add_rare_planes(Tokens& t, int place, FinerKeys& keys);
+  template <int kPlane>
+  __device__ __forceinline__ void add_rare_planes(
+      Tokens& t, int place, bool has_third, FinerKeys& keys);
   __device__ __forceinline__ void settle(Tokens& t, float (&scaled)[kGroup]);
-  __device__ __forceinline__ Plan plan_value(const Tokens& t) const;
+  __device__ __forceinline__ Plan plan_value(const Tokens& t, bool is_finer);
   __device__ __forceinline__ void add_to_classes(const Tokens& t, const float (&scaled)[kGroup]);
+  __device__ __forceinline__ void leave_classes();
   __device__ __forceinline__ void push_values(
       const Tokens& t, const float (&scaled)[kGroup], u32 wanted);
   __device__ __forceinline__ void add_values();
@@ -142,13 +161,12 @@ class Worker {
   __device__ __forceinline__ void keep_or_drop(Tokens& t, int place, bool is_finer);
   __device__ __forceinline__ SettledToken settled_token(const Tokens& t) const;
   template <class SumsOfBound>
-  __device__ __forceinline__ void start_sums(SumsOfBound& sums, const Course& course);
+  __device__ __forceinline__ void start_sums(SumsOfBound& sums);
   __device__ __forceinline__ void leave_extremes();
 
-  __device__ __forceinline__ int token_of(const Tokens& t) const { return t.first_token + lane; }
-
-  __device__ __forceinline__ int class_of(const Tokens& t) const {
-    return dither_class(t.first_token) ^ lane;  // the lanes of a tile differ in the lowest bits alone
+  // First of the classes of a tile.  Those of its tokens differ from it in the lowest bits alone.
+  __device__ __forceinline__ static int first_class(const Tokens& t) {
+    return dither_class(t.first_token) & ~(kTile - 1);
   }
 
   // This lane's place among those of a mask.
@@ -168,6 +186,7 @@ class Worker {
   const int sequence, head;
   const HeadRows rows;
   const int part, warp, lane, r, c;
+  const u32 weights_at;  // of the lane's digits of weights
 
   int queued_values = 0;
 
@@ -178,6 +197,10 @@ class Worker {
   float output[kHeadBlocks][kOutputs] = {};
   float total[kGroup] = {};       // sum of weights
   float offsets[kGroup] = {};     // of weights times what digits are off by (values.cuh)
+  // Of weights times value scales: B of theory.md (2.3) of the class that is the lane's in a block of
+  // classes, which starts at `class_place` among the warp's own.
+  float of_class[kGroup] = {};
+  int class_place = 0;
   Sums sums;
   float largest_draw = kNever;    // log2 of M / theta_s, times the denominator
   bool shifted = false;           // the reference is not the hint
@@ -190,7 +213,7 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
   clear_second_values();
   Tokens t;
   int stage = 0;
-  t.first_token = -1;
+  t.close();
   const int end = course.end, step = course.step;
   commit_copies();
 #pragma unroll 1
@@ -200,7 +223,7 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
     await_copies<1>();
     __syncwarp();
     const bool is_open = t.first_token >= 0;
-    if (is_open) refine(t, mine.finer);
+    refine(t, mine.finer);
     const bool has_next = token < end;
     Tokens next;
     if (has_next) {
@@ -210,10 +233,12 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
       const int ahead = token + kKeyStages * step;
       if (ahead < end) fetch(range, Course::tile_at(ahead), stage);
       stage = stage + 1 < kKeyStages ? stage + 1 : 0;
+    } else {
+      next.close();
     }
     commit_copies();
     float weight[kGroup];  // times value scale, over the chance
-    u32 wanted = 0;
+    u32 wanted = 0;        // value rows
     if (is_open) {
       settle(t, weight);
       wanted = __ballot_sync(kAllLanes, t.value.reads_any());
@@ -229,6 +254,5 @@ __device__ __forceinline__ void Worker::run(const Range& range, const Course& co
     if (wanted) push_values(t, weight, wanted);
     commit_copies();
     t = next;
-    if (!has_next) t.first_token = -1;
   }
 }

@@ -25,7 +25,7 @@ from alignedkv.kernels.tune.wisdom import find
 from alignedkv.kernels.workspace import Workspace, allocate_workspace
 from alignedkv.policy import START_MARGIN
 
-#: Warps of a block of prepare.cu; ``kPrepareWarps`` there.
+#: Warps of a block of prepare.cu; ``kPrepareWarps`` of turn.cuh.
 PREPARE_WARPS = 10
 #: `NewRows` of a step that appends nothing.
 _NO_ROWS = {
