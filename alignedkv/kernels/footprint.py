@@ -18,7 +18,7 @@ RARE_ROWS: Final = 16
 #: ``kTileAlignment`` of products.cuh.
 _TILE_ALIGNMENT = 128
 #: ``kNumbers`` of query.cuh and ``kConstants`` of block.cuh.
-_NUMBERS, _CONSTANTS = 9, 9
+_NUMBERS, _CONSTANTS = 9, 10
 #: Sums of a head besides those of its bound: weights, digit middles.
 _OTHER_SUMS = 2
 #: ``kCount`` of bounds.cuh's and settled_sums.cuh's sums, by bound and by whether rows are sampled.

@@ -8,6 +8,10 @@
 
 constexpr int kThreads = 32 * kWarps;
 
+// Units in which weights are rounded.  An estimate takes what that loses for random, 0.1 theta a row; a
+// bound that is proved adds it all up.
+constexpr float kUnitsInTheta = kBound == Bound::Estimate ? 32.0f : 512.0f;
+
 // Numbers of a head that a step's hints fix; logarithms are to base 2.
 enum Constant {
   kOffset,       // of a score relative to the hint L (softcap: of the score before the cap)
@@ -18,7 +22,8 @@ enum Constant {
   kValueGain,    // error of a value addend in units of theta, per weight and value scale
   kError,        // estimate: (sigma(1) / g)^2      deterministic: e(1) / g
   kErrorMore,    // estimate: hint of the spread    deterministic: (b + e^a) / g
-  kCoarse,       // largest weight times value scale whose rounding leaves less than theta
+  kWeightUnit,   // of weights times value scales, when they are rounded: theta / kUnitsInTheta
+  kPerWeightUnit,
   kConstants
 };
 
@@ -99,7 +104,7 @@ struct WarpTiles {
   FinerKeys finer;
   float scores[kTile][kHeads];
   u16 weights[2][kHeads][kTile + 16];  // by weight_slot; what their rounding lost
-  float weight_units[2][kHeads];
+  float weight_units[2][kHeads];  // of those, where they are the queue's own
   u32 scales[kKeyStages][kTile];
 };
 

@@ -51,7 +51,10 @@ __device__ __forceinline__ void set_constants(
   const float share = a.step.skip_share * (kSampleValues ? kSamplingFactor : 1.0f);
   shared.skip_gain = share > 0 ? log2_fast(kHalfRange / (share * kOfPlane)) : infinity;
   to[kError][g] = kCertain ? worst : deviation * deviation;
-  to[kCoarse][g] = theta * (2.0f * kLargestWeight / kLargestPrefix);
+  // A probe's weights are too large for any unit, as it were.
+  const float unit = theta < infinity ? theta * (1.0f / kUnitsInTheta) : 0.0f;
+  to[kWeightUnit][g] = fminf(fmaxf(unit, 0x1p-100f), 0x1p100f);
+  to[kPerWeightUnit][g] = 1.0f / to[kWeightUnit][g];
   to[kErrorMore][g] = kCertain ? query.numbers[kShift][g] : spread;
   // Non-negative floats are ordered like their bits.
   atomicMax(reinterpret_cast<u32*>(&shared.largest_square), __float_as_uint(deviation * deviation));

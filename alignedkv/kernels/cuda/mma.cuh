@@ -47,10 +47,8 @@ __device__ __forceinline__ void multiply_add_signed(
 // A 16-bit number as two signed digits, n = 256 high + low; the bytes of n + 128 are high and low + 128.
 __device__ __forceinline__ int joined(int high, int low) { return high * 256 + low; }
 
-// Largest |n| whose digits are signed bytes: the scale of queries ...
+// Largest |n| whose digits are signed bytes.
 constexpr int kLargestNumber = 127 * 256;
-// ... and half of it that of block-scaled weights, so that two planes share a sum (decode.cu).
-constexpr int kLargestWeight = kLargestNumber / 2;
 
 // ---- digits in words ------------------------------------------------------------------------------
 

@@ -236,7 +236,7 @@ __device__ __forceinline__ void value_products(
     int (&d)[kHeadBlocks][2][4], const Operands& lower, const Operands& upper,
     const u32 (&weights)[kHeadBlocks][2]) {
   // Two digits of a channel are below 2^8.
-  static_assert(u64{32} * kLargestWeight * 255 < u64{1} << 31);
+  static_assert(u64{32} * kLargestNumber * 255 < u64{1} << 31);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
 #pragma unroll

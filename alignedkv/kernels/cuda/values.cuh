@@ -2,74 +2,91 @@
 
 #include "worker.cuh"
 
-// Of rounded weights, relative to the largest.
-constexpr float kUnit = 1.0f / kLargestWeight;
+// 1.5 2^23 + n + 128 as a float has n + 128 in its low bits, whatever the sign of n (mma.cuh).
+constexpr float kNumberZero = 0x1.8p23f + 128.0f;
 
-// Round a weight to a multiple of largest / kLargestWeight, leave the multiple's digits, and say what
-// was lost.
-__device__ __forceinline__ float Worker::round_weight(
-    u16* digits, float weight, float largest, float& lost) const {
-  const float unit = largest * kUnit;
-  // 1.5 2^23 + n + 128 as a float has n + 128 in its low bits, whatever the sign of n (mma.cuh).
-  constexpr float kMagic = 0x1.8p23f + 128.0f;
-  const float number = fmaf(weight, reciprocal_fast(fmaxf(unit, 0x1p-124f)), kMagic);
+// Leave the digits of n, of a number kNumberZero + n; returns n.
+__device__ __forceinline__ float Worker::leave_digits(u16* digits, float number) const {
   digits[weight_slot(lane)] = static_cast<u16>(__float_as_uint(number));
-  const float rounded = number - kMagic;
-  lost = fmaf(-rounded, unit, weight);
-  return rounded * unit;
+  return number - kNumberZero;
 }
 
-// The queue's weights: as digits to shared memory, and what rounding changes to the sums.  Says whether
-// what rounding lost has digits of its own.
-__device__ __forceinline__ bool Worker::leave_weights(Plan plan) {
+// Largest of the lanes' sizes.  They are ordered like their bits, NaN last.
+__device__ __forceinline__ float largest_size(float x) {
+  return __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(x) & 0x7fffffffu));
+}
+
+// x in the unit that makes the largest of the lanes' a number of two digits.
+__device__ __forceinline__ float number_of(float x, float largest, float& unit) {
+  unit = largest * (1.0f / kLargestNumber);
+  return fmaf(x, reciprocal_fast(fmaxf(unit, 0x1p-124f)), kNumberZero);
+}
+
+// The queue's weights: as digits to shared memory, and what rounding changes to the sums.
+//
+// Rounding errs like any other addend.  As a rule its unit follows from theta (set_constants), so that it
+// errs by little; a dither of the row's own keeps rows that repeat from erring alike.  Where weights are
+// too large for that unit, the queue's largest sets it; and where this leaves more than theta, what
+// rounding lost gets digits of its own.
+__device__ __forceinline__ WeightDigits Worker::leave_weights(int token, Plan plan) {
   const bool valid = lane < queued_values;
-  float scaled[kGroup], largest[kHeads] = {};
+  float scaled[kGroup], unit[kGroup], number[kGroup];
   load_heads(scaled, mine.values.weight[lane]);
+  load_heads(unit, block.constants[kWeightUnit]);
+  bool is_large = false;
+  {
+    float per_unit[kGroup];
+    load_heads(per_unit, block.constants[kPerWeightUnit]);
+    const u32 turns = static_cast<u32>(token) * kSpread + block.query.stream;
+    const float dither = 0x1p-32f * static_cast<float>(static_cast<i32>(turns));
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) {
-    if (!valid) scaled[g] = 0.0f;
-    // Non-negative floats are ordered like their bits, NaN last.
-    largest[g] = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(scaled[g])));
+    for (int g = 0; g < kGroup; ++g) {
+      if (!valid) scaled[g] = 0.0f;
+      number[g] = fmaf(scaled[g], per_unit[g], dither) + kNumberZero;
+      is_large |= !(number[g] <= kNumberZero + kLargestNumber);  // NaN, too
+    }
   }
-  // Half a unit of rounding times the largest prefix is an addend like any other: where that is above
-  // theta, what rounding loses gets digits of its own.
-  float coarse[kGroup];
-  load_heads(coarse, block.constants[kCoarse]);
-  bool has_fine_weights = false;
+  WeightDigits digits = WeightDigits::UnitOfTheta;
+  if (__any_sync(kAllLanes, is_large)) {
+    bool loses_much = false;
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) has_fine_weights |= largest[g] > coarse[g];
+    for (int g = 0; g < kGroup; ++g) {
+      const float largest = largest_size(scaled[g]), theta = unit[g] * kUnitsInTheta;
+      loses_much |= !(largest <= theta * (2.0f * kLargestNumber / kLargestPrefix));
+      number[g] = number_of(scaled[g], largest, unit[g]);
+      if (lane == 0) mine.weight_units[0][g] = unit[g];
+    }
+    digits = loses_much ? WeightDigits::Fine : WeightDigits::OwnUnit;
+  }
   // What digits of offset binary stand for: their middle, less half the range.
   const float offset = 0.5f * plan.step() - (0.5f + kHalfRange);
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
-    float lost;
-    float rounded = round_weight(mine.weights[0][g], scaled[g], largest[g], lost);
-    if (has_fine_weights) {
-      const u32 bits = __float_as_uint(lost) & 0x7fffffffu;
-      const float most = __uint_as_float(__reduce_max_sync(kAllLanes, bits));
-      if (lane == 0) mine.weight_units[1][g] = most * kUnit;
-      rounded += round_weight(mine.weights[1][g], lost, most, lost);
+    const float multiple = leave_digits(mine.weights[0][g], number[g]);
+    float rounded = multiple * unit[g], lost = fmaf(-multiple, unit[g], scaled[g]);
+    if (digits == WeightDigits::Fine) {
+      float fine;
+      const float number = number_of(lost, largest_size(lost), fine);
+      const float more = leave_digits(mine.weights[1][g], number);
+      if (lane == 0) mine.weight_units[1][g] = fine;
+      rounded = fmaf(more, fine, rounded), lost = fmaf(-more, fine, lost);
     }
     // All other sums have the weight as it was.
     sums.add_rounding(g, lost);
     offsets[g] = fmaf(rounded, offset, offsets[g]);
   }
-  if (lane == 0) {
-#pragma unroll
-    for (int g = 0; g < kHeads; ++g) largest[g] *= kUnit;
-    store_heads(mine.weight_units[0], largest);
-  }
   __syncwarp();
-  return __any_sync(kAllLanes, has_fine_weights);
+  return digits;
 }
 
 __device__ __forceinline__ void Worker::add_values() {
-  const Plan plan = lane < queued_values ? mine.values.row[lane].plan : Plan::one_plane();
-  const bool has_fine_weights = leave_weights(plan);
+  const auto row = mine.values.row[lane];
+  const Plan plan = lane < queued_values ? row.plan : Plan::one_plane();
+  const WeightDigits digits = leave_weights(row.token, plan);
   const bool has_second = __any_sync(kAllLanes, plan.reads(2));
   const ValueRows<kWidths[0]> first(mine.values.first, lane);
   const ValueRows<kWidths[1]> second(mine.values.second, lane);
-  with_weights(has_fine_weights, [&] {
+  with_weights(digits, [&] {
     if (has_second) {
       unrolled<0, kPieces>([&](auto i) { add_two_planes<decltype(i)::value>(first, second); });
     } else {
@@ -81,7 +98,7 @@ __device__ __forceinline__ void Worker::add_values() {
       constexpr int kPlane = decltype(plane)::value;
       if (plan.reads(kPlane + 1)) atomicAdd(block.reads + kStoredPlanes + kPlane, 1u);
     });
-    with_weights(has_fine_weights, [&] {
+    with_weights(digits, [&] {
       unrolled<2, kStoredPlanes>([&](auto plane) {
         constexpr int kPlane = decltype(plane)::value;
         const u32 wanted = __ballot_sync(kAllLanes, plan.reads(kPlane + 1));
@@ -106,13 +123,15 @@ __device__ __forceinline__ void Worker::clear_second_values() {
 
 // Digits of weights as operands: high ones are bytes 1 and 3 of a pair, low ones bytes 0 and 2, 128 too
 // large.
-__device__ __forceinline__ void Worker::load_weights(int pass) {
+__device__ __forceinline__ void Worker::load_weights(int pass, WeightDigits digits) {
+  const bool is_own = digits != WeightDigits::UnitOfTheta;
+  const float* units = is_own ? mine.weight_units[pass] : block.constants[kWeightUnit];
   const u32 select = r % 2 ? 0x6420 : 0x7531, sign = r % 2 ? 0x80808080u : 0;
   const u32 of_pass = weights_at + pass * sizeof mine.weights[0];
   const u8* of_lane = static_cast<const u8*>(__cvta_shared_to_generic(of_pass));
 #pragma unroll
   for (int b = 0; b < kHeadBlocks; ++b) {
-    weight_unit[b] = mine.weight_units[pass][4 * b + c];
+    weight_unit[b] = units[4 * b + c];
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       const u8* at = of_lane + 4 * b * sizeof mine.weights[0][0] + 16 * k * sizeof(u16);
@@ -124,10 +143,10 @@ __device__ __forceinline__ void Worker::load_weights(int pass) {
 
 // body() with the digits of the weights and, if there are, again with those of what rounding lost.
 template <class Body>
-__device__ __forceinline__ void Worker::with_weights(bool has_fine_weights, Body body) {
+__device__ __forceinline__ void Worker::with_weights(WeightDigits digits, Body body) {
 #pragma unroll 1
-  for (int pass = 0; pass <= has_fine_weights; ++pass) {
-    load_weights(pass);
+  for (int pass = 0; pass <= (digits == WeightDigits::Fine); ++pass) {
+    load_weights(pass, digits);
     body();
   }
 }

@@ -73,6 +73,9 @@ struct FinerLanes {
 constexpr int width_of(int plane) { return plane < kStoredPlanes ? kWidths[plane] : 0; }
 constexpr bool kThirdIsLikeSecond = !kSettled && width_of(2) == width_of(1);
 
+// How the weights of a queue of values became digits (values.cuh).
+enum class WeightDigits { UnitOfTheta, OwnUnit, Fine };
+
 // What a warp does, and its state between the stages.
 class Worker {
  public:
@@ -130,12 +133,11 @@ class Worker {
   __device__ __forceinline__ void push_values(
       const Tokens& t, const float (&scaled)[kGroup], u32 wanted);
   __device__ __forceinline__ void add_values();
-  __device__ __forceinline__ float round_weight(
-      u16* digits, float weight, float largest, float& lost) const;
-  __device__ __forceinline__ bool leave_weights(Plan plan);
-  __device__ __forceinline__ void load_weights(int pass);
+  __device__ __forceinline__ float leave_digits(u16* digits, float number) const;
+  __device__ __forceinline__ WeightDigits leave_weights(int token, Plan plan);
+  __device__ __forceinline__ void load_weights(int pass, WeightDigits digits);
   template <class Body>
-  __device__ __forceinline__ void with_weights(bool has_fine_weights, Body body);
+  __device__ __forceinline__ void with_weights(WeightDigits digits, Body body);
   template <int kPiece>
   __device__ __forceinline__ void add_two_planes(const ValueRows<kWidths[0]>& first,
                                                  const ValueRows<kWidths[1]>& second);
