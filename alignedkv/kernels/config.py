@@ -100,10 +100,8 @@ def products(names: Sequence[str] = tuple(CHOICES)) -> Iterator[DecodeConfig]:
         yield DecodeConfig(**dict(zip(names, values, strict=True)))
 
 
-def splits_per_head(
-    config: DecodeConfig, target: DeviceTarget, *, heads: int, capacity: int
-) -> int:
-    """Blocks that share the tokens of one KV head.
+def blocks_of_step(config: DecodeConfig, target: DeviceTarget, *, heads: int, capacity: int) -> int:
+    """Blocks that share the tokens of all KV heads.
 
     Parameters
     ----------
@@ -117,6 +115,6 @@ def splits_per_head(
     As many as fill the GPU ``waves`` times and no more: a started wave costs as much as a full one
     (measured: one exact wave beats two and one half).  But none without a tile for each warp.
     """
-    fitting = config.waves * config.blocks_per_sm * target.sm_count // heads
+    fitting = config.waves * config.blocks_per_sm * target.sm_count
     tiles = -(-capacity // (TILE * config.warps))
-    return max(1, min(fitting, tiles, MAX_SPLITS))
+    return max(heads, min(fitting, heads * min(tiles, MAX_SPLITS)))

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from alignedkv.kernels.arguments import Sizes, Zeros, allocate_struct
 from alignedkv.kernels.arrays import Array, CacheArrays
-from alignedkv.kernels.config import DecodeConfig, splits_per_head
+from alignedkv.kernels.config import DecodeConfig, blocks_of_step
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.target import DeviceTarget
 
@@ -25,8 +25,8 @@ class Workspace:
         left by every step as the next one wants it.
     outputs : dict of str to array
         Fields of `DecodeResult` without the state; overwritten by every step.
-    splits : int
-        Blocks per KV head, or per subgroup of its queries.
+    blocks : int
+        That share the KV heads, or the subgroups of their queries.
     packed : dict
         Structs as the last step packed them, with the objects that they were packed from: a step
         with the same cache and state need not look at their arrays again.
@@ -34,7 +34,7 @@ class Workspace:
 
     scratch: dict[str, Array]
     outputs: dict[str, Array]
-    splits: int
+    blocks: int
     packed: dict[str, tuple[object, NDArray[np.void]]] = field(
         default_factory=dict, repr=False, compare=False
     )
@@ -61,10 +61,10 @@ def allocate_workspace(
     batch, kv_heads = int(cache.key_mean.shape[0]), int(cache.key_mean.shape[1])
     heads = batch * kv_heads * spec.subgroups
     capacity = Sizes.of(spec, cache).names["T"]
-    splits = splits_per_head(config, target, heads=heads, capacity=capacity)
-    sizes = Sizes.of(spec, cache, splits=splits)
+    blocks = blocks_of_step(config, target, heads=heads, capacity=capacity)
+    sizes = Sizes.of(spec, cache, blocks=blocks)
     return Workspace(
         scratch=allocate_struct("Workspace", spec, sizes, zeros),
         outputs=allocate_struct("Result", spec, sizes, zeros),
-        splits=splits,
+        blocks=blocks,
     )

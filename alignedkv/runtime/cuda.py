@@ -9,7 +9,7 @@ from torch import Tensor
 
 from alignedkv.kernels import launch
 from alignedkv.kernels.arrays import CacheArrays, DecodeResult, HeadState
-from alignedkv.kernels.config import DecodeConfig, splits_per_head
+from alignedkv.kernels.config import DecodeConfig, blocks_of_step
 from alignedkv.kernels.declarations import structs
 from alignedkv.kernels.device import device_target
 from alignedkv.kernels.spec import DecodeSpec
@@ -93,7 +93,7 @@ class CudaBackend:
                 "missed": result.missed,
                 "reads": result.reads,
             },
-            splits=splits_per_head(config, target, heads=batch * kv_heads, capacity=capacity),
+            blocks=blocks_of_step(config, target, heads=batch * kv_heads, capacity=capacity),
         )
         launch.step(
             spec,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignedkv.errors import CodegenError
-from alignedkv.kernels.config import CHOICES, TILE, DecodeConfig, products, splits_per_head
+from alignedkv.kernels.config import CHOICES, TILE, DecodeConfig, products, blocks_of_step
 from alignedkv.kernels.spec import MAX_TOKENS
 from alignedkv.kernels.target import SM90
 
@@ -37,7 +37,7 @@ def test_unknown_settings_are_refused() -> None:
     capacity=st.integers(1, MAX_TOKENS),
 )
 def test_splits_fill_the_gpu_and_no_more(config: DecodeConfig, heads: int, capacity: int) -> None:
-    splits = splits_per_head(config, SM90, heads=heads, capacity=capacity)
+    splits = blocks_of_step(config, SM90, heads=heads, capacity=capacity)
     assert splits >= 1
     if splits > 1:
         assert splits * heads <= config.waves * config.blocks_per_sm * SM90.sm_count

@@ -99,12 +99,13 @@ struct Result {
 // What the kernels of a step hand to one another; allocated once (workspace.py), all zero at first.
 struct Workspace {
   u8* queries;         // [B, Hkv, subgroups, query_bytes] `Query` of query.cuh
-  float* partials;     // [B, Hkv, subgroups, splits, partial_floats] `Partial` of block.cuh
+  float* partials;     // [blocks, partial_floats] `Partial` of block.cuh
   float* retry_theta;  // [B, H] theta of the next pass
   u32* retry;          // [2, B, Hkv, subgroups] whether a head missed, in even and odd passes
   u32* arrived;        // [B, Hkv, subgroups] blocks that are done
   u32* prepared;       // [B] blocks of prepare.cu that are done, of a sequence
   u32* all_prepared;   // [1] and of all
+  float* work;         // [B, Hkv, subgroups] of a head in the step before
 };
 
 // prepare.cu and decode.cu: one step.  `state` holds its hints on entry, those of the next step on
@@ -118,7 +119,7 @@ struct DecodeArguments {
   Result result;
   QueryBits* query;  // [B, H, D]
   float* sinks;      // [H] or null: logit of each head's sink
-  i32 splits;        // blocks per subgroup of a KV head's queries (spec.py, subgroup)
+  i32 heads;         // B Hkv subgroups
   i32 pass;          // 0, or which of step.repairs over the heads that missed
 };
 

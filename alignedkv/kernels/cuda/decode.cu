@@ -1,7 +1,8 @@
 // One decode step of attention over digit planes (theory.md 9), split over the tokens.
 //
-// Grid (splits, B Hkv kSubgroups): a head here is a subgroup of the queries of a KV head (spec.py).  A
-// warp works alone on tiles of 32 tokens (worker.cuh).  The last block of a head merges (finish.cuh).
+// A head here is a subgroup of the queries of a KV head (spec.py); blocks share the heads by their work
+// (share.cuh).  A warp works alone on tiles of 32 tokens (worker.cuh).  The last block of a head merges
+// (finish.cuh).
 
 #include "answer.cuh"
 #include "arguments.cuh"
@@ -78,26 +79,56 @@ __device__ __forceinline__ void load_query(
   if (threadIdx.x < kGroup) set_constants(a, shared, query, of_head, threadIdx.x);
 }
 
+// How much work a head made, for the shares of the next step: rows read, of all planes.  One head a
+// thread; of those behind nothing is told.
+struct RowsRead {
+  u32 of_plane[2 * kStoredPlanes], missed;
+
+  __device__ __forceinline__ void fetch(const DecodeArguments& a, const u32* all_missed, int thread) {
+    const int head = min(thread, a.heads - 1);
+    missed = load_past_l1(all_missed + head);
+    const u32* reads = a.result.reads + head / kSubgroups * 2 * kStoredPlanes;
+#pragma unroll
+    for (int i = 0; i < 2 * kStoredPlanes; ++i) of_plane[i] = load_past_l1(reads + i);
+  }
+  // Of a head that is about to be read again it is not known yet.
+  __device__ __forceinline__ void tell(const DecodeArguments& a, int thread) const {
+    if (thread >= a.heads || missed) return;
+    u32 sum = 0;
+#pragma unroll
+    for (u32 rows : of_plane) sum += rows;
+    a.workspace.work[thread] = sum;
+  }
+};
+
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
     const __grid_constant__ DecodeArguments a) {
   extern __shared__ __align__(128) u8 memory[];
   DecodeShared& shared = *reinterpret_cast<DecodeShared*>(held_address(memory));
   const int warp = uniform(threadIdx.x / 32), lane = lane_of_thread();
-  const int block = blockIdx.y * gridDim.x + blockIdx.x, heads = gridDim.y;
+  const int block = blockIdx.x, blocks = gridDim.x, heads = a.heads;
   const bool again = a.pass > 0;
   const u32* missed = again ? a.workspace.retry + (a.pass - 1) % 2 * heads : nullptr;
   if (again) {
-    release_next_kernel();  // as a rule there is nothing to do here
     await_previous_kernel();
     // A head that is not read again does not miss again.
     if (block < heads && !missed[block] && threadIdx.x == 0) missed_now(a, heads)[block] = 0;
   }
-  const Share share =
-      again ? Share::of_missed(missed, heads, block, gridDim.x * gridDim.y)
-            : Share{static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.x),
-                    static_cast<int>(gridDim.x)};
-  const int of_head = uniform(share.head), split = uniform(share.split);
-  const int splits = uniform(share.splits);
+  // Told before it is known whether there is anything to do: both wait for memory.
+  const bool tells = a.pass == 1 && block == blocks - 1;
+  RowsRead rows_read;
+  if (tells) rows_read.fetch(a, missed, threadIdx.x);
+  if (warp == 0) {
+    shared.share = Share::of(heads, block, blocks, [&](int head) {
+      if (again) return load_past_l1(missed + head) ? 1.0f : 0.0f;
+      const float work = load_past_l1(a.workspace.work + head);
+      return work > 0 ? work : 1.0f;
+    });
+  }
+  if (tells) rows_read.tell(a, threadIdx.x);
+  __syncthreads();
+  const int of_head = uniform(shared.share.head), split = uniform(shared.share.split);
+  const int splits = uniform(shared.share.splits);
   if (splits == 0) return;
   Worker worker(a, shared, of_head, warp);
 
@@ -122,7 +153,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   for (int i = lane; i < kOwnClasses * kHeadBlocks; i += 32) classes[i] = make_float4(0, 0, 0, 0);
   if (lane < kHeads) shared.reference[warp][lane] = kNever;
   if (threadIdx.x < 2 * kStoredPlanes) shared.reads[threadIdx.x] = 0;
-  if (threadIdx.x == 0) shared.share = {of_head, split, splits};
   // Of heads that do not exist.
   for (int i = threadIdx.x; i < kConstants * (kHeads - kGroup); i += kThreads) {
     shared.constants[i / max(kHeads - kGroup, 1)][kGroup + i % max(kHeads - kGroup, 1)] = 0;

@@ -11,9 +11,8 @@ __device__ __forceinline__ u32* missed_now(const DecodeArguments& a, int heads) 
 __device__ __forceinline__ void finish(const DecodeArguments& a, DecodeShared& shared, Worker& worker) {
   const Share share = shared.share;
   const int thread = thread_index(), warp = uniform(thread / 32), lane = thread % 32;
-  const int heads = gridDim.y;
-  const int block = blockIdx.y * gridDim.x + blockIdx.x;
-  Partial& part = reinterpret_cast<Partial*>(a.workspace.partials)[block];
+  const int heads = a.heads;
+  Partial& part = reinterpret_cast<Partial*>(a.workspace.partials)[blockIdx.x];
   const Partial* parts = &part - share.split;
   worker.leave_sums();
   worker.leave_outputs<0>();
@@ -32,23 +31,26 @@ __device__ __forceinline__ void finish(const DecodeArguments& a, DecodeShared& s
   u32* reads = a.result.reads + share.head / kSubgroups * 2 * kStoredPlanes;
   if (thread < 2 * kStoredPlanes && shared.reads[thread]) atomicAdd(reads + thread, shared.reads[thread]);
   __syncthreads();
-  if (thread == 0) {
-    shared.is_last = arrive(a.workspace.arrived + share.head) == share.splits - 1;
-  }
-  __syncthreads();
-  if (!shared.is_last) return;
-
-  Merge& merge = *reinterpret_cast<Merge*>(shared.tiles);
+  u32 arrived = 0;
+  if (thread == 0) arrived = arrive(a.workspace.arrived + share.head);
+  // What the last block needs, while it waits to hear that it is the last.
   const i16* dither = dither_row(a.cache, 1, 0);
   DitherShare entries;
   if (thread < kShares * kChannels) {
     entries.fetch(dither, thread / kChannels * kSharedClasses, thread % kChannels);
   }
-  PartColumns columns;
-  columns.fetch(parts, PartColumns::first_column(), PartColumns::first_split(), share.splits);
   Before before;
   if (warp < kGroup) before.fetch(a, share.head, warp);
-  set_factors(merge.factor, merge.whole, parts, share.splits);
+  if (thread == 0) shared.is_last = arrived == share.splits - 1;
+  __syncthreads();
+  if (!shared.is_last) return;
+
+  Merge& merge = *reinterpret_cast<Merge*>(shared.tiles);
+  PartTops tops;
+  if (warp < kHeads) tops.fetch(parts, lane, share.splits, warp);
+  PartColumns columns;
+  columns.fetch(parts, PartColumns::first_column(), PartColumns::first_split(), share.splits);
+  set_factors(merge.factor, merge.whole, parts, tops, share.splits);
   __syncthreads();
   sum_parts(merge.whole, parts, columns, merge.factor, share.splits);
   __syncthreads();

@@ -87,21 +87,40 @@ __device__ __forceinline__ void leave_block_sums(const DecodeShared& shared, Par
 
 // ---- blocks to a head -----------------------------------------------------------------------------
 
-// Factor of each split's sums: 2^(its reference - the largest).
+// What a split's sums are relative to, and its maxima, of one head; a split a lane.
+struct PartTops {
+  float reference, extremes[kExtremes];
+
+  __device__ __forceinline__ void fetch(const Partial* parts, int split, int splits, int g) {
+    reference = kNever;
+#pragma unroll
+    for (float& each : extremes) each = kNever;
+    if (split >= splits) return;
+    reference = load_past_l1(&parts[split].reference[g]);
+#pragma unroll
+    for (int e = 0; e < kExtremes; ++e) {
+      if (is_kept(e)) extremes[e] = load_past_l1(&parts[split].extremes[e][g]);
+    }
+  }
+};
+
+// Factor of each split's sums: 2^(its reference - the largest).  `fetched`: the first 32 splits' of the
+// warp's first head.
 __device__ __forceinline__ void set_factors(
-    float (*factor)[kHeads], Partial& whole, const Partial* parts, int splits) {
+    float (*factor)[kHeads], Partial& whole, const Partial* parts, const PartTops& fetched,
+    int splits) {
   const int warp = uniform(thread_index() / 32), lane = thread_index() % 32;
   for (int g = warp; g < kHeads; g += kWarps) {
     float top = kNever, most[kExtremes];
 #pragma unroll
     for (float& each : most) each = kNever;
-    for (int i = lane; i < splits; i += 32) {
-      const float reference = load_past_l1(&parts[i].reference[g]);
-      factor[i][g] = reference, top = fmaxf(top, reference);
+    for (int first = 0; first < splits; first += 32) {
+      PartTops of_split = fetched;
+      if (g != warp || first > 0) of_split.fetch(parts, first + lane, splits, g);
+      if (first + lane < splits) factor[first + lane][g] = of_split.reference;
+      top = fmaxf(top, of_split.reference);
 #pragma unroll
-      for (int e = 0; e < kExtremes; ++e) {
-        if (is_kept(e)) most[e] = fmaxf(most[e], load_past_l1(&parts[i].extremes[e][g]));
-      }
+      for (int e = 0; e < kExtremes; ++e) most[e] = fmaxf(most[e], of_split.extremes[e]);
     }
     top = warp_max(top);
 #pragma unroll

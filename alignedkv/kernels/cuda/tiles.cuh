@@ -4,6 +4,7 @@
 #include "copies.cuh"
 #include "products.cuh"
 #include "rows.cuh"
+#include "share.cuh"
 
 static_assert(kDitherRows % kTile == 0, "the classes of a tile lie in one block of dither rows");
 static_assert(kPageTokens == 0 || kPageTokens % 16 == 0, "a page holds half a tile at least");
@@ -42,43 +43,6 @@ struct Range {
     const int at_start = max(0, min(start + cache.exact_first, end) - first);
     const int behind = max(end - cache.exact_last, max(start + cache.exact_first, first));
     return at_start + max(0, end - behind);
-  }
-};
-
-// Which part of which KV head a block takes.
-struct Share {
-  int head, split, splits;  // splits = 0: nothing to do
-
-  // Blocks of a repair, shared out evenly over the heads whose bound missed.  For all lanes of a warp.
-  __device__ __forceinline__ static Share of_missed(
-      const u32* missed /* [heads] */, int heads, int block, int blocks) {
-    const int lane = lane_of_thread();
-    int count = 0;
-    for (int first = 0; first < heads; first += 32) count += __popc(chunk(missed, heads, first));
-    if (count == 0) return {0, 0, 0};
-    // The k-th of them has blocks k blocks / count up to those of the next.
-    int k = static_cast<int>((static_cast<i64>(block + 1) * count - 1) / blocks);
-    const int begin = static_cast<int>(static_cast<i64>(k) * blocks / count);
-    const int end = static_cast<int>(static_cast<i64>(k + 1) * blocks / count);
-    Share share = {0, block - begin, min(end - begin, kMaxSplits)};
-    if (share.split >= share.splits) return {0, 0, 0};
-    for (int first = 0; first < heads; first += 32) {
-      const u32 here = chunk(missed, heads, first);
-      if (k < __popc(here)) {
-        const bool is_it = (here >> lane & 1) && __popc(here & ((1u << lane) - 1)) == k;
-        share.head = first + __ffs(__ballot_sync(kAllLanes, is_it)) - 1;
-        break;
-      }
-      k -= __popc(here);
-    }
-    return share;
-  }
-
- private:
-  // Which of 32 heads missed.
-  __device__ __forceinline__ static u32 chunk(const u32* missed, int heads, int first) {
-    const int head = first + lane_of_thread();
-    return __ballot_sync(kAllLanes, head < heads && load_past_l1(missed + head));
   }
 };
 

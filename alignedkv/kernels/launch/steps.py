@@ -194,7 +194,7 @@ def _run(
     """
     spec, config = place.spec, place.config
     _check_options(spec, arguments, sinks)
-    sizes = Sizes.of(spec, cache, S=rows["tokens"], splits=workspace.splits)
+    sizes = Sizes.of(spec, cache, S=rows["tokens"], blocks=workspace.blocks)
 
     def packed_once(struct: str, source: object, values: Callable[[], dict[str, Any]]) -> Any:
         known = workspace.packed.get(struct)
@@ -203,6 +203,8 @@ def _run(
             workspace.packed[struct] = known
         return known[1]
 
+    batch, kv_heads = sizes.names["B"], sizes.names["Hkv"]
+    heads = batch * kv_heads * spec.subgroups
     given = {
         "cache": packed_once("Cache", cache, lambda: cache_values(spec, cache)),
         "rows": rows,
@@ -212,11 +214,10 @@ def _run(
         "result": packed_once("Result", workspace, lambda: workspace.outputs),
         "query": query,
         "sinks": sinks,
-        "splits": workspace.splits,
+        "heads": heads,
         "pass": 0,
     }
     packed = pack("DecodeArguments", spec, sizes, given, device=place.device)
-    batch, kv_heads = sizes.names["B"], sizes.names["Hkv"]
     place.launch(
         "prepare.cu",
         "prepare",
@@ -231,7 +232,7 @@ def _run(
             "decode.cu",
             "decode",
             packed,
-            grid=(workspace.splits, batch * kv_heads * spec.subgroups),
+            grid=(workspace.blocks, 1),
             block=(WARP * config.warps, 1),
             shared_bytes=shared_bytes(spec, config),
             overlapping=True,

@@ -214,4 +214,4 @@ class Session:
             "read_fraction": bytes_read(spec, found.reads).sum() / sixteen_bit,
         }
         rounded: dict[str, Any] = {n: float(f"{float(v):.{_DIGITS}g}") for n, v in facts.items()}
-        return rounded | {"splits": workspace.splits}
+        return rounded | {"blocks": workspace.blocks}
