@@ -118,11 +118,3 @@ def blocks_of_step(config: DecodeConfig, target: DeviceTarget, *, heads: int, ca
     fitting = config.waves * config.blocks_per_sm * target.sm_count
     tiles = -(-capacity // (TILE * config.warps))
     return max(heads, min(fitting, heads * min(tiles, MAX_SPLITS)))
-
-
-def party_of(blocks: int, heads: int) -> int:
-    """log2 of the blocks that each KV head keeps whatever its work; the others go where the work is.
-
-    A quarter to a half of what a head has on average, and 8 at most.
-    """
-    return min(max((blocks // heads).bit_length() - 2, 0), 3)

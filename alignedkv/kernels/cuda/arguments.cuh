@@ -120,7 +120,6 @@ struct DecodeArguments {
   QueryBits* query;  // [B, H, D]
   float* sinks;      // [H] or null: logit of each head's sink
   i32 heads;         // B Hkv subgroups
-  i32 party;         // log2 of the blocks that a head keeps whatever its work (share.cuh)
   i32 pass;          // 0, or which of step.repairs over the heads that missed
 };
 

@@ -106,52 +106,49 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   extern __shared__ __align__(128) u8 memory[];
   DecodeShared& shared = *reinterpret_cast<DecodeShared*>(held_address(memory));
   const int warp = uniform(threadIdx.x / 32), lane = lane_of_thread();
+  const int block = blockIdx.x, blocks = gridDim.x, heads = a.heads;
   const bool again = a.pass > 0;
-  const Blocks blocks = {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), a.heads,
-                         a.party, again};
-  const u32* missed = again ? a.workspace.retry + (a.pass - 1) % 2 * a.heads : nullptr;
+  const u32* missed = again ? a.workspace.retry + (a.pass - 1) % 2 * heads : nullptr;
   if (again) {
     await_previous_kernel();
     // A head that is not read again does not miss again.
-    if (blocks.block < a.heads && !missed[blocks.block] && threadIdx.x == 0) {
-      missed_now(a, a.heads)[blocks.block] = 0;
-    }
+    if (block < heads && !missed[block] && threadIdx.x == 0) missed_now(a, heads)[block] = 0;
   }
   // Told before it is known whether there is anything to do: both wait for memory.
-  const bool tells = a.pass == 1 && blocks.block == blocks.count - 1;
+  const bool tells = a.pass == 1 && block == blocks - 1;
   RowsRead rows_read;
   if (tells) rows_read.fetch(a, missed, threadIdx.x);
-  // The first tile, if its rows are older than this step, need not wait for prepare.cu.
-  bool has_first = false;
-  const auto fetch_first = [&](int of_head, int split, int splits) {
-    if (again || a.step.window != 0 || !kStridedTiles) return;
-    // prepare.cu may or may not have counted the new token: rows before both are safe.
-    const Worker worker(a, shared, of_head, warp);
-    const int length = min(a.cache.lengths[worker.sequence], a.cache.capacity);
-    const Range range = Range::of(a.cache.starts[worker.sequence], length, 0);
-    const int turn = Course::first_turn(split, splits, a.party, warp);
-    const int token = Course::tile_at((Course::first_tile(range) + turn) * kTile);
-    has_first = token + kTile > range.first && token + kTile < range.end;
-    if (has_first) worker.fetch(range, token, 0);
-  };
-  const bool is_kept = blocks.is_kept();
-  if (is_kept) fetch_first(blocks.head(), blocks.split(), blocks.kept());
-  if (warp == kWarps - 1) {  // the first warp has the constants to set
-    shared.share = Share::of(blocks, [&](int head) {
+  if (warp == 0) {
+    shared.share = Share::of(heads, block, blocks, [&](int head) {
       if (again) return load_past_l1(missed + head) ? 1.0f : 0.0f;
       const float work = load_past_l1(a.workspace.work + head);
       return work > 0 ? work : 1.0f;
     });
   }
   if (tells) rows_read.tell(a, threadIdx.x);
-  if (!is_kept) {
-    __syncthreads();
-    if (shared.share.splits == 0) return;
-    fetch_first(shared.share.head, shared.share.split, shared.share.splits);
-  }
-  const int of_head = uniform(is_kept ? blocks.head() : shared.share.head);
+  __syncthreads();
+  const int of_head = uniform(shared.share.head), split = uniform(shared.share.split);
+  const int splits = uniform(shared.share.splits);
+  if (splits == 0) return;
   Worker worker(a, shared, of_head, warp);
+
+  // The first tiles whose rows are older than this step need not wait for prepare.cu.
+  bool fetched[kKeyStages] = {};
   const int start = a.cache.starts[worker.sequence];
+  if (!again && a.step.window == 0 && kStridedTiles) {
+    // prepare.cu may or may not have counted the new token: rows before both are safe.
+    const int length = min(a.cache.lengths[worker.sequence], a.cache.capacity);
+    const Range range = Range::of(start, length, 0);
+    const Course course = Course::of(range, split, splits, warp);
+#pragma unroll
+    for (int stage = 0; stage < kKeyStages; ++stage) {
+      const int token = Course::tile_at(course.token + stage * course.step);
+      if (token + kTile < range.end) {
+        worker.fetch(range, token, stage);
+        fetched[stage] = true;
+      }
+    }
+  }
   float4* classes = reinterpret_cast<float4*>(shared.classes[warp]);
   for (int i = lane; i < kOwnClasses * kHeadBlocks; i += 32) classes[i] = make_float4(0, 0, 0, 0);
   if (lane < kHeads) shared.reference[warp][lane] = kNever;
@@ -165,12 +162,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   await_copies<0>();
   __syncthreads();
   const Range& range = shared.range;  // read again where it is needed: registers are scarce
-  const int split = uniform(shared.share.split), splits = uniform(shared.share.splits);
-  const Course course = Course::of(range, split, splits, a.party, warp);
+  const Course course = Course::of(range, split, splits, warp);
 #pragma unroll
   for (int stage = 0; stage < kKeyStages; ++stage) {
     const int place = course.token + stage * course.step;
-    if (place < course.end && !(stage == 0 && has_first)) {
+    if (place < course.end && !fetched[stage]) {
       worker.fetch(range, Course::tile_at(place), stage);
     }
     commit_copies();

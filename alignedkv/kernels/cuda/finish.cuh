@@ -12,8 +12,8 @@ __device__ __forceinline__ void finish(const DecodeArguments& a, DecodeShared& s
   const Share share = shared.share;
   const int thread = thread_index(), warp = uniform(thread / 32), lane = thread % 32;
   const int heads = a.heads;
-  Partial* parts = reinterpret_cast<Partial*>(a.workspace.partials) + share.place;
-  Partial& part = parts[share.split];
+  Partial& part = reinterpret_cast<Partial*>(a.workspace.partials)[blockIdx.x];
+  const Partial* parts = &part - share.split;
   worker.leave_sums();
   worker.leave_outputs<0>();
   __syncthreads();

@@ -63,19 +63,15 @@ __device__ __forceinline__ int own_class(int of_token) {
 
 // A warp's tiles, as tokens they begin with.  Taken in turn by all warps of a head, since important
 // tokens come in runs; else each block has a run of neighbours.
-//
-// Splits take turns in parties of 2^`party` (share.cuh), so that where the first party begins does not
-// depend on how many there are.
 struct Course {
   int token, end, step;
 
-  __device__ __forceinline__ static Course of(
-      const Range& range, int split, int splits, int party, int warp) {
+  __device__ __forceinline__ static Course of(const Range& range, int split, int splits, int warp) {
     // Whole blocks of dither rows; of those at the ends, tiles that nobody attends to are left out.
-    const int first = first_tile(range);
+    const int first = range.first / kDitherRows * kClassBlocks;
     const int end = (range.end + kDitherRows - 1) / kDitherRows * kClassBlocks;
     const int tiles = range.end > range.first ? end - first : 0;
-    Course course = of_tiles(first, tiles, split, splits, party, warp);
+    Course course = of_tiles(first, tiles, split, splits, warp);
     if (course.token < course.end && tile_at(course.token) + kTile <= range.first) {
       course.token += course.step;
     }
@@ -87,12 +83,6 @@ struct Course {
     return course;
   }
 
-  // Where the course begins, in tiles from the range's first.
-  __device__ __forceinline__ static int first_turn(int split, int splits, int party, int warp) {
-    const int first = split >> party << party;
-    return kWarps * first + warp * min(1 << party, splits - first) + split - first;
-  }
-
   // The tile at a place of the course.
   __device__ __forceinline__ static int tile_at(int token) {
     constexpr int kBlocks = (kDitherRows - 1) & ~(kTile - 1);
@@ -102,17 +92,13 @@ struct Course {
   // Which of the kBlocksApart sorts of blocks it meets.
   __device__ __forceinline__ int first_block() const { return token / kTile % kBlocksApart; }
 
-  __device__ __forceinline__ static int first_tile(const Range& range) {
-    return range.first / kDitherRows * kClassBlocks;
-  }
-
  private:
   __device__ __forceinline__ static Course of_tiles(
-      int first_tile, int tiles, int split, int splits, int party, int warp) {
+      int first_tile, int tiles, int split, int splits, int warp) {
     Course course;
     int first, end, step;
     if constexpr (kStridedTiles) {
-      first = first_turn(split, splits, party, warp), end = tiles, step = splits * kWarps;
+      first = warp * splits + split, end = tiles, step = splits * kWarps;
     } else {
       const int begin = static_cast<int>(static_cast<i64>(tiles) * split / splits);
       first = begin + warp, step = kWarps;

@@ -16,7 +16,7 @@ from alignedkv.kernels.arrays import (
     HeadState,
     StepArguments,
 )
-from alignedkv.kernels.config import WARP, DecodeConfig, party_of
+from alignedkv.kernels.config import WARP, DecodeConfig
 from alignedkv.kernels.device import Place, device_target
 from alignedkv.kernels.device_array import DeviceArray
 from alignedkv.kernels.footprint import shared_bytes
@@ -215,7 +215,6 @@ def _run(
         "query": query,
         "sinks": sinks,
         "heads": heads,
-        "party": party_of(workspace.blocks, heads),
         "pass": 0,
     }
     packed = pack("DecodeArguments", spec, sizes, given, device=place.device)
