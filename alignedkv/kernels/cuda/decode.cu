@@ -101,11 +101,19 @@ struct RowsRead {
   }
 };
 
+// Each line of the arguments is missed once by whoever reads it first.
+__device__ __forceinline__ void touch_arguments(const DecodeArguments& a, int warp) {
+  constexpr int kLineWords = 16, kLines = sizeof(DecodeArguments) / 4 / kLineWords;
+  const u32 word = reinterpret_cast<const u32*>(&a)[kLineWords * min(warp, kLines)];
+  asm volatile("" :: "r"(word));
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
     const __grid_constant__ DecodeArguments a) {
   extern __shared__ __align__(128) u8 memory[];
   DecodeShared& shared = *reinterpret_cast<DecodeShared*>(held_address(memory));
   const int warp = uniform(threadIdx.x / 32), lane = lane_of_thread();
+  touch_arguments(a, warp);
   const int block = blockIdx.x, blocks = gridDim.x, heads = a.heads;
   const bool again = a.pass > 0;
   const u32* missed = again ? a.workspace.retry + (a.pass - 1) % 2 * heads : nullptr;
@@ -118,12 +126,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   const bool tells = a.pass == 1 && block == blocks - 1;
   RowsRead rows_read;
   if (tells) rows_read.fetch(a, missed, threadIdx.x);
+  // Blocks on whose processor prepare.cu runs start when it has ended, and find their share there.
+  const int late = again ? -1 : block - (blocks - a.late);
+  if (late >= 0) await_previous_kernel();
   if (warp == 0) {
-    shared.share = Share::of(heads, block, blocks, [&](int head) {
-      if (again) return load_past_l1(missed + head) ? 1.0f : 0.0f;
-      const float work = load_past_l1(a.workspace.work + head);
-      return work > 0 ? work : 1.0f;
-    });
+    if (late >= 0) {
+      shared.share = reinterpret_cast<const Share*>(a.workspace.late_shares)[late];
+    } else {
+      shared.share = Share::of(heads, block, blocks, [&](int head) {
+        return again ? (load_past_l1(missed + head) ? 1.0f : 0.0f) : work_of_head(a, head);
+      });
+    }
   }
   if (tells) rows_read.tell(a, threadIdx.x);
   __syncthreads();

@@ -8,6 +8,7 @@
 #include "copies.cuh"
 #include "near.cuh"
 #include "query.cuh"
+#include "share.cuh"
 #include "turn.cuh"
 
 // Bring what no kernel before this one has written close, while that one still runs.
@@ -33,8 +34,10 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
   release_next_kernel();
 
   float x[kPerLane];  // what the warp has to work on first
+  Turn turn;
+  if (warp < kQueryWarps) turn.fetch(a.cache, of_head);
   if (warp < kGroup) load_query(x, a, of_head, 0, warp);
-  if (warp >= kQueryWarps && a.rows.tokens == 1) {
+  if (warp >= kQueryWarps && warp < kQueryWarps + 2 && a.rows.tokens == 1) {
     load_row<kRowDtype>(x, new_row(a, sequence, kv_head, warp - kQueryWarps));
   }
   const int before = a.cache.lengths[sequence], length = before + a.rows.tokens;
@@ -47,6 +50,15 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
     near.fetch(a.cache, sequence, kv_head, shared.tiles[warp]);
   }
   __syncthreads();  // all threads of the block have read the length and the step
+  if (warp == kPrepareWarps - 1) {
+    if (of_head >= a.late) return;
+    const int block = a.blocks - a.late + static_cast<int>(of_head);
+    const Share share = Share::of(a.heads, block, a.blocks, [&](int head) {
+      return work_of_head(a, head);
+    });
+    if (lane == 0) reinterpret_cast<Share*>(a.workspace.late_shares)[of_head] = share;
+    return;
+  }
   if (warp >= kQueryWarps) {
     const int side = warp - kQueryWarps;
     // When all blocks of a sequence have read its length, and all blocks the counter of steps, the
@@ -89,7 +101,7 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
         log_z = a.state.log_z[query_head], spread = a.state.spread[query_head];
       }
     }
-    turn_queries(x, a, shared, of_head, part, warp);
+    turn_queries(x, a, shared, turn, of_head, part, warp);
     await_copies<0>();  // of near rows
     await_query_warps();
     if constexpr (kUsesNearRows) {

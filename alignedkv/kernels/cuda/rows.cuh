@@ -141,20 +141,6 @@ __device__ __forceinline__ void transform_key(float (&x)[kPerLane], const Cache&
   hadamard(x);
 }
 
-// q -> q' in place.
-__device__ __forceinline__ void transform_query(
-    float (&x)[kPerLane], const Cache& cache, i64 head) {
-  const int lane = lane_of_thread();
-  const float* balance = cache.balance + head * kHeadDim;
-#pragma unroll
-  for (int i = 0; i < kPerLane; ++i) {
-    const int c = channel(i, lane);
-    if (c < kHeadDim) x[i] *= balance[c];
-    x[i] *= cache.signs[c];
-  }
-  hadamard(x);
-}
-
 // k' -> k in place: the unnormalised Hadamard matrix is its own inverse times the block size, which
 // the key side has divided by already.
 __device__ __forceinline__ void restore_key(float (&x)[kPerLane], const Cache& cache, i64 head) {

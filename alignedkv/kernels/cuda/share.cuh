@@ -1,9 +1,16 @@
 // How the blocks of a launch share the KV heads.
 
+#include "arguments.cuh"
 #include "copies.cuh"
 #include "warps.cuh"
 
-// Which part of which KV head a block takes.
+// Of a head in the step before, as far as it is known.
+__device__ __forceinline__ float work_of_head(const DecodeArguments& a, int head) {
+  const float work = load_past_l1(a.workspace.work + head);
+  return work > 0 ? work : 1.0f;
+}
+
+// Which part of which head a block takes.
 struct Share {
   int head, split, splits;  // splits = 0: nothing to do
 
@@ -27,7 +34,7 @@ struct Share {
       total += work, largest = fmaxf(largest, work);
       working += __popc(__ballot_sync(kAllLanes, work > 0));
     }
-    if (working == 0) return {0, 0, 0};
+    if (working == 0) return {};
     total = warp_sum(total), largest = warp_max(largest);
     // ceil(x) < x + 1: the last of the loads is always one for which blocks suffice.
     const float least = total / blocks, spare = blocks - working;
@@ -42,7 +49,7 @@ struct Share {
     }
     const u32 enough = __ballot_sync(kAllLanes, wanted <= blocks) | 1u << (kWarpSize - 1);
     const float chosen = __shfl_sync(kAllLanes, per_load, __ffs(enough) - 1);
-    Share share = {0, 0, 0};
+    Share share = {};
     int before = 0;  // blocks of the heads before
     for (int first = 0; first < heads; first += kWarpSize) {
       const int splits = splits_of(work_at(first), chosen);

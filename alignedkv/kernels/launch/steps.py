@@ -26,7 +26,7 @@ from alignedkv.kernels.workspace import Workspace, allocate_workspace
 from alignedkv.policy import START_MARGIN
 
 #: Warps of a block of prepare.cu; ``kPrepareWarps`` of turn.cuh.
-PREPARE_WARPS = 10
+PREPARE_WARPS = 11
 #: `NewRows` of a step that appends nothing.
 _NO_ROWS = {
     "keys": None,
@@ -215,6 +215,8 @@ def _run(
         "query": query,
         "sinks": sinks,
         "heads": heads,
+        "blocks": workspace.blocks,
+        "late": min(batch * kv_heads, workspace.blocks),
         "pass": 0,
     }
     packed = pack("DecodeArguments", spec, sizes, given, device=place.device)
