@@ -49,6 +49,7 @@ INSTRUCTIONS = {
     ),
     "cp.async.commit_group;": "",
     "cp.async.wait_group %0;": "",
+    "prefetch.global.L2 [%0];": "",
     "griddepcontrol.wait;": "",
     "griddepcontrol.launch_dependents;": "",
     "{.reg .pred p; setp.ne.u32 p, %2, 0;@p red.shared.add.u32 [%0], %1;}": (

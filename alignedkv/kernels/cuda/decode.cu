@@ -7,6 +7,7 @@
 #include "answer.cuh"
 #include "arguments.cuh"
 #include "bounds.cuh"
+#include "constants.cuh"
 #include "copies.cuh"
 #include "mma.cuh"
 #include "products.cuh"
@@ -24,46 +25,7 @@
 
 // ---- the kernel -----------------------------------------------------------------------------------
 
-// What the hints of a head make of its numbers.
-__device__ __forceinline__ void set_constants(
-    const DecodeArguments& a, DecodeShared& shared, const Query& query, i64 of_head, int g) {
-  const i64 query_head = of_head * kGroup + g;
-  const float infinity = __int_as_float(0x7f800000);
-  // A repair knows what the pass before it found; the settled rule must not.
-  const bool as_told = kSettled || a.pass == 0;
-  const float log_z = as_told ? query.numbers[kLogZ][g] : a.state.log_z[query_head];
-  const float spread = kSettled ? query.numbers[kToldSpread][g] : a.state.spread[query_head];
-  float theta = a.pass == 0 ? a.state.theta[query_head] : a.workspace.retry_theta[query_head];
-  if (a.pass > 0 && a.pass == a.step.repairs) theta = 0.0f;
-  const bool known = fabsf(log_z) < infinity;
-  if (!known || theta == infinity) shared.trusted = false;  // a probe knows nothing yet
-  const float hint = known ? log_z * kLog2e : 0.0f;
-  const float deviation = query.numbers[kDeviation][g], worst = query.numbers[kWorst][g];
-  const float error = (kCertain ? worst : deviation) / theta;
-  float(&to)[kConstants][kHeads] = shared.constants;
-  to[kHint][g] = hint;
-  to[kOffset][g] = kSoftcap ? query.numbers[kBase][g] : query.numbers[kBase][g] - hint;
-  const float margin = kSettled ? a.step.deviations : a.step.plan_margin;
-  to[kMargin][g] = margin * kLog2e * deviation;
-  to[kReachSize][g] = kHalfRange * error;
-  to[kReachSpread][g] = spread * error;
-  constexpr float kOfPlane = kCertain ? 0.5f : 0.288675135f;
-  to[kValueGain][g] = log2_fast(kOfPlane / theta);
-  const float share = a.step.skip_share * (kSampleValues ? kSamplingFactor : 1.0f);
-  shared.skip_gain = share > 0 ? log2_fast(kHalfRange / (share * kOfPlane)) : infinity;
-  to[kError][g] = kCertain ? worst : deviation * deviation;
-  // A probe's weights are too large for any unit, as it were.
-  const float unit = theta < infinity ? theta * (1.0f / kUnitsInTheta) : 0.0f;
-  to[kWeightUnit][g] = fminf(fmaxf(unit, 0x1p-100f), 0x1p100f);
-  to[kPerWeightUnit][g] = 1.0f / to[kWeightUnit][g];
-  to[kErrorMore][g] = kCertain ? query.numbers[kShift][g] : spread;
-  // Non-negative floats are ordered like their bits.
-  atomicMax(reinterpret_cast<u32*>(&shared.largest_square), __float_as_uint(deviation * deviation));
-  shared.theta[g] = theta;
-  shared.sampling_share = share;
-}
-
-// A head's queries, what its hints make of them, and the tokens they attend to.
+// A head's queries with what its hints make of them, and the tokens they attend to.
 __device__ __forceinline__ void load_query(
     const DecodeArguments& a, DecodeShared& shared, i64 of_head, int start) {
   const Query& query = reinterpret_cast<const Query*>(a.workspace.queries)[of_head];
@@ -72,11 +34,18 @@ __device__ __forceinline__ void load_query(
     copy_async<16>(shared_address(&shared.query) + 16 * i, from + 16 * i);
   }
   commit_copies();  // a wait is for committed copies only
-  if (threadIdx.x == 32) shared.range = Range::of(start, query.length, a.step.window);
-  if (threadIdx.x >= 32) return;
-  if (threadIdx.x == 0) shared.trusted = true, shared.largest_square = 0;
-  __syncwarp();
-  if (threadIdx.x < kGroup) set_constants(a, shared, query, of_head, threadIdx.x);
+  if (threadIdx.x == 0) shared.range = Range::of(start, query.length, a.step.window);
+}
+
+// Hints of a repair: what the pass before has found, but for the settled rule, which must not know it.
+__device__ __forceinline__ void hint_repair(
+    const DecodeArguments& a, Query& query, i64 of_head, int g) {
+  const i64 query_head = of_head * kGroup + g;
+  const bool is_last = a.pass == a.step.repairs;
+  if (!kSettled) query.numbers[kLogZ][g] = a.state.log_z[query_head];
+  const float spread = kSettled ? query.numbers[kToldSpread][g] : a.state.spread[query_head];
+  set_constants(a.step, query, is_last ? 0.0f : a.workspace.retry_theta[query_head], spread, g);
+  set_hint_constants(query, g);
 }
 
 // How much work a head made, for the shares of the next step: rows read, of all planes.  One head a
@@ -101,21 +70,15 @@ struct RowsRead {
   }
 };
 
-// Each line of the arguments is missed once by whoever reads it first.
-__device__ __forceinline__ void touch_arguments(const DecodeArguments& a, int warp) {
-  constexpr int kLineWords = 16, kLines = sizeof(DecodeArguments) / 4 / kLineWords;
-  const u32 word = reinterpret_cast<const u32*>(&a)[kLineWords * min(warp, kLines)];
-  asm volatile("" :: "r"(word));
-}
-
 extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
     const __grid_constant__ DecodeArguments a) {
   extern __shared__ __align__(128) u8 memory[];
   DecodeShared& shared = *reinterpret_cast<DecodeShared*>(held_address(memory));
   const int warp = uniform(threadIdx.x / 32), lane = lane_of_thread();
-  touch_arguments(a, warp);
   const int block = blockIdx.x, blocks = gridDim.x, heads = a.heads;
   const bool again = a.pass > 0;
+  // Often of the only sequence: no need to wait for the share.
+  const int first_start = a.cache.starts[0], first_length = a.cache.lengths[0];
   const u32* missed = again ? a.workspace.retry + (a.pass - 1) % 2 * heads : nullptr;
   if (again) {
     await_previous_kernel();
@@ -145,13 +108,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   if (splits == 0) return;
   Worker worker(a, shared, of_head, warp);
 
+  const int start = worker.sequence == 0 ? first_start : a.cache.starts[worker.sequence];
   // The first tiles whose rows are older than this step need not wait for prepare.cu.
   bool fetched[kKeyStages] = {};
-  const int start = a.cache.starts[worker.sequence];
   if (!again && a.step.window == 0 && kStridedTiles) {
     // prepare.cu may or may not have counted the new token: rows before both are safe.
-    const int length = min(a.cache.lengths[worker.sequence], a.cache.capacity);
-    const Range range = Range::of(start, length, 0);
+    const int length = worker.sequence == 0 ? first_length : a.cache.lengths[worker.sequence];
+    const Range range = Range::of(start, min(length, a.cache.capacity), 0);
     const Course course = Course::of(range, split, splits, warp);
 #pragma unroll
     for (int stage = 0; stage < kKeyStages; ++stage) {
@@ -166,14 +129,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
   for (int i = lane; i < kOwnClasses * kHeadBlocks; i += 32) classes[i] = make_float4(0, 0, 0, 0);
   if (lane < kHeads) shared.reference[warp][lane] = kNever;
   if (threadIdx.x < 2 * kStoredPlanes) shared.reads[threadIdx.x] = 0;
-  // Of heads that do not exist.
-  for (int i = threadIdx.x; i < kConstants * (kHeads - kGroup); i += kThreads) {
-    shared.constants[i / max(kHeads - kGroup, 1)][kGroup + i % max(kHeads - kGroup, 1)] = 0;
-  }
   if (!again) await_previous_kernel();
   load_query(a, shared, of_head, start);
   await_copies<0>();
   __syncthreads();
+  if (again) {
+    if (threadIdx.x < kGroup) hint_repair(a, shared.query, of_head, threadIdx.x);
+    __syncthreads();
+  }
   const Range& range = shared.range;  // read again where it is needed: registers are scarce
   const Course course = Course::of(range, split, splits, warp);
 #pragma unroll

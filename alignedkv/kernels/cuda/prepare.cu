@@ -5,17 +5,17 @@
 
 #include "append.cuh"
 #include "arguments.cuh"
+#include "constants.cuh"
 #include "copies.cuh"
 #include "near.cuh"
 #include "query.cuh"
 #include "share.cuh"
 #include "turn.cuh"
 
-// Bring what no kernel before this one has written close, while that one still runs.
-__device__ __forceinline__ void touch(const void* from, int bytes) {
+// Bring rows that are wanted later close, while the kernel before this one may still run.
+__device__ __forceinline__ void prefetch(const void* from, int bytes) {
   for (int i = 128 * threadIdx.x; i < bytes; i += 128 * 32 * kPrepareWarps) {
-    u32 word;
-    asm volatile("ld.global.u32 %0, [%1];" : "=r"(word) : "l"(static_cast<const u8*>(from) + i));
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(static_cast<const u8*>(from) + i));
   }
 }
 
@@ -25,11 +25,8 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
   const int warp = threadIdx.x / 32, kv_head = blockIdx.x, sequence = blockIdx.y;
   const int lane = lane_of_thread();
   const i64 of_head = head_index(a.cache, sequence, kv_head);
-  touch(a.cache.balance + of_head * kHeadDim, kHeadDim * 4);
-  touch(a.cache.key_mean + of_head * kHeadDim, kHeadDim * 4);
-  touch(a.cache.value_mean + of_head * kHeadDim, kHeadDim * 4);
-  touch(a.cache.signs, kChannels * 4);
-  touch(a.cache.dither, 2 * kDitherRows * kChannels * 2);
+  prefetch(a.cache.dither, 2 * kDitherRows * kChannels * 2);
+  prefetch(a.cache.value_mean + of_head * kHeadDim, kHeadDim * 4);
   await_previous_kernel();
   release_next_kernel();
 
@@ -91,27 +88,28 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
 #pragma unroll 1
   for (int part = 0; part < kSubgroups; ++part) {
     if (part > 0) await_query_warps();  // the part before has been left
-    // Known from the step before; wanted when the near rows are summed.
-    const i64 of_part = of_head * kSubgroups + part, query_head = of_part * kGroup + threadIdx.x;
-    float rest = 0, log_z = 0, spread = 0;
-    if (threadIdx.x < kGroup) {
-      if constexpr (kUsesNearRows) {
-        rest = a.state.rest[query_head];
-      } else {
-        log_z = a.state.log_z[query_head], spread = a.state.spread[query_head];
-      }
-    }
+    // Known from the step before, and wanted later.
+    const i64 of_part = of_head * kSubgroups + part, query_head = of_part * kGroup + lane;
+    const bool hints = warp == 0 && lane < kGroup, plans = warp == kPlanWarp && lane < kGroup;
+    float rest = 0, log_z = 0, theta = 0, spread = 0;
+    if (hints && kUsesNearRows) rest = a.state.rest[query_head];
+    if (hints && !kUsesNearRows) log_z = a.state.log_z[query_head];
+    if (plans) theta = a.state.theta[query_head], spread = a.state.spread[query_head];
     turn_queries(x, a, shared, turn, of_head, part, warp);
     await_copies<0>();  // of near rows
     await_query_warps();
+    if (plans) {
+      set_constants(a.step, shared.query, theta, spread, lane);
+      if (kSettled) shared.query.numbers[kToldSpread][lane] = spread;
+    }
     if constexpr (kUsesNearRows) {
       if (warp < kNearTiles) near.add_up(a, shared.query, shared.tiles[warp], shared.near[warp]);
       await_query_warps();
-      if (threadIdx.x < kGroup) set_hint(a, shared.near, shared.query, rest, threadIdx.x);
-    } else if (threadIdx.x < kGroup) {
-      shared.query.numbers[kLogZ][threadIdx.x] = log_z;
-      shared.query.numbers[kToldSpread][threadIdx.x] = spread;
+      if (hints) set_hint(a, shared.near, shared.query, rest, lane);
+    } else if (hints) {
+      shared.query.numbers[kLogZ][lane] = log_z;
     }
+    if (hints) set_hint_constants(shared.query, lane);
     await_query_warps();
     uint4* to = reinterpret_cast<uint4*>(a.workspace.queries + of_part * sizeof(Query));
     const uint4* from = reinterpret_cast<const uint4*>(&shared.query);

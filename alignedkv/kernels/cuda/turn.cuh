@@ -12,7 +12,9 @@
 constexpr int kQueryWarps = 8;
 constexpr int kPrepareWarps = kQueryWarps + 3;
 static_assert(kGroup <= kQueryWarps, "a warp turns one query at first");
-static_assert(kNearTiles <= kQueryWarps, "a warp looks at one tile of near rows");
+// Of them, the one that has no near rows sets constants.
+constexpr int kPlanWarp = kQueryWarps - 1;
+static_assert(!kUsesNearRows || kNearTiles <= kPlanWarp, "a warp looks at one tile of near rows");
 static_assert(kDitherRows % 16 == 0, "dither rows are multiplied 16 at a time");
 
 struct PrepareShared {
@@ -183,6 +185,7 @@ __device__ __forceinline__ void turn_queries(
     for (int c = lane; c < kChannels; c += 32) shared.numbers[g][c] = 0;
     if (lane == 0) shared.unit[g] = shared.sum[g] = 0;
     if (lane < kNumbers) shared.query.numbers[lane][g] = 0;
+    if (lane < kConstants) shared.query.constants[lane][g] = 0;
   }
   for (int g = warp; g < kGroup; g += kQueryWarps) {
     if (part > 0 || g != warp) load_query(x, a, of_head, part, g);
