@@ -88,6 +88,9 @@ class HeadState:
         Bits below the tolerance at which feedback aims; NaN counts as `START_MARGIN`.
     step : uint32 array [1]
         Counts steps; the counter of the sampling hash.
+    work : float32 array [B, H], optional
+        Rows that the head's KV head read, of all planes; 0 if nothing is known.  The blocks of CUDA
+        C++ kernels go where it is; without it they share KV heads evenly.
     """
 
     log_z: Array
@@ -96,10 +99,11 @@ class HeadState:
     theta: Array
     margin: Array
     step: Array
+    work: Array | None = None
 
 
-#: The fields of `HeadState` that hold a number for each query head.
-HEAD_HINTS: Final = tuple(name for name in HeadState.__slots__ if name != "step")
+#: The fields of `HeadState` that say what to expect of each query head.
+HEAD_HINTS: Final = tuple(name for name in HeadState.__slots__ if name not in ("step", "work"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,8 @@ WARP = 32
 TILE = 32
 #: Blocks that may share a KV head's tokens.
 MAX_SPLITS = 512
+#: Tiles of a warp from which it pays to ask what each KV head is worth: 1 us a step (NOTES.md).
+_TILES_TO_SHARE = 3
 
 
 def _tunable(default: Any, *choices: Any, of_step: bool = True, in_kernel: bool = True) -> Any:
@@ -118,3 +120,9 @@ def blocks_of_step(config: DecodeConfig, target: DeviceTarget, *, heads: int, ca
     fitting = config.waves * config.blocks_per_sm * target.sm_count
     tiles = -(-capacity // (TILE * config.warps))
     return max(heads, min(fitting, heads * min(tiles, MAX_SPLITS)))
+
+
+def blocks_go_by_work(config: DecodeConfig, blocks: int, *, heads: int, capacity: int) -> bool:
+    """Whether the blocks of a step go where its work was in the step before, or evenly."""
+    tiles = heads * -(-capacity // TILE)
+    return heads < blocks and tiles >= _TILES_TO_SHARE * config.warps * blocks

@@ -17,7 +17,7 @@ from alignedkv.policy import BoundKind
 RARE_ROWS: Final = 16
 #: ``kTileAlignment`` of products.cuh.
 _TILE_ALIGNMENT = 128
-#: ``kNumbers`` and ``kConstants`` of query.cuh.
+#: ``kNumbers`` of query.cuh and ``kConstants`` of block.cuh.
 _NUMBERS, _CONSTANTS = 9, 10
 #: Sums of a head besides those of its bound: weights, digit middles.
 _OTHER_SUMS = 2
@@ -37,10 +37,9 @@ def padded_heads(spec: DecodeSpec) -> int:
 
 
 def query_bytes(spec: DecodeSpec) -> int:
-    """``sizeof(Query)``: digits, class products, numbers and constants of a group's queries."""
+    """``sizeof(Query)``: digits, class products and numbers of a group's queries."""
     heads = padded_heads(spec)
-    per_head = spec.dither_rows + _NUMBERS + _CONSTANTS + 1
-    return 2 * heads * spec.channels + 4 * heads * per_head + 32
+    return 2 * heads * spec.channels + 4 * heads * (spec.dither_rows + _NUMBERS) + 16
 
 
 def partial_floats(spec: DecodeSpec) -> int:
@@ -55,7 +54,7 @@ def shared_bytes(spec: DecodeSpec, config: DecodeConfig) -> int:
     heads = padded_heads(spec)
     classes = _own_classes(spec, config)
     per_warp = heads * 4 * (classes + 2 + _sums(spec)) + 4 * _extremes(spec) + 4
-    fixed = query_bytes(spec) + 8 * spec.stored_planes + 28
+    fixed = query_bytes(spec) + heads * 4 * (_CONSTANTS + 1) + 8 * spec.stored_planes + 44
     tiles = config.warps * (_tile_bytes(spec, config) + _settled_bytes(spec, config))
     merge = (
         4 * partial_floats(spec)

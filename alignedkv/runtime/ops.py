@@ -4,7 +4,7 @@ Tensors come in lists so that an operator's mutations are declared exactly:
 
 - ``rows``: N key planes, N value planes, scales, lengths and, with exact rows, the two buffers;
 - ``constants``: key_mean, balance, value_mean, signs, dither, starts;
-- ``state``: the fields of `HeadState` in their order: HEAD_HINTS, step;
+- ``state``: the fields of `HeadState`: HEAD_HINTS, work, step;
 - ``results``: bound, size, missed, reads;
 - ``scratch``: what the backend asked for.
 
@@ -65,8 +65,8 @@ def unpack_rows(
 
 
 def _head_state(state: list[Tensor]) -> HeadState:
-    *hints, step = state
-    return HeadState(**dict(zip(HEAD_HINTS, hints, strict=True)), step=step)
+    *hints, work, step = state
+    return HeadState(**dict(zip(HEAD_HINTS, hints, strict=True)), work=work, step=step)
 
 
 @library.custom_op("alignedkv::fit", mutates_args=("constants",))

@@ -24,7 +24,7 @@ from alignedkv.runtime.request import Request
 
 #: Where the shared tensors stand in their lists; see `ops`.
 _SIGNS, _DITHER = 3, 4
-_STEP = len(HEAD_HINTS)
+_STEP = len(HEAD_HINTS) + 1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,7 +144,7 @@ def allocate(
         exact_rows=(cache.exact_first, cache.exact_last),
         rows=ops.pack_rows(cache),
         constants=ops.pack_constants(cache),
-        state=[*(zeros(heads, "float32") for _ in HEAD_HINTS), zeros((1,), "uint32")],
+        state=[*(zeros(heads, "float32") for _ in (*HEAD_HINTS, "work")), zeros((1,), "uint32")],
         results=[
             zeros(heads, "float32"),
             zeros(heads, "float32"),

@@ -49,7 +49,6 @@ INSTRUCTIONS = {
     ),
     "cp.async.commit_group;": "",
     "cp.async.wait_group %0;": "",
-    "prefetch.global.L2 [%0];": "",
     "griddepcontrol.wait;": "",
     "griddepcontrol.launch_dependents;": "",
     "{.reg .pred p; setp.ne.u32 p, %2, 0;@p red.shared.add.u32 [%0], %1;}": (
@@ -219,8 +218,13 @@ def emulate_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def host_library(spec: DecodeSpec, config: DecodeConfig, file: str) -> ctypes.CDLL:
-    """A CUDA file compiled for the host, with a function ``run_<kernel>`` for each kernel."""
+def host_library(
+    spec: DecodeSpec, config: DecodeConfig, file: str, more: str = ""
+) -> ctypes.CDLL:
+    """A CUDA file compiled for the host, with a function ``run_<kernel>`` for each kernel.
+
+    ``more`` is C++ behind it: functions that use what is in the file.
+    """
     text = re.sub(r"#line.*", "", generate(spec, config, file))
     text = _ASSEMBLY.sub(_host_statement, text)
     text = text.replace("extern __shared__ __align__(128) u8 memory[];", "u8* memory = dynamic;")
@@ -232,7 +236,7 @@ def host_library(spec: DecodeSpec, config: DecodeConfig, file: str) -> ctypes.CD
         f"  launch([=] {{ {kernel}(*arguments); }}, {{gx, gy, 1}}, {{bx, by, 1}});\n}}"
         for kernel, struct in kernels
     ]
-    body = "\n".join(lines)
+    body = "\n".join([*lines, more])
     folder = Path(tempfile.mkdtemp(prefix="alignedkv-emulator-"))
     name = hashlib.sha256(body.encode()).hexdigest()[:16]
     source, library = folder / f"{name}.cpp", folder / f"{name}.so"

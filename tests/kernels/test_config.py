@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignedkv.errors import CodegenError
-from alignedkv.kernels.config import CHOICES, TILE, DecodeConfig, products, blocks_of_step
+from alignedkv.kernels.config import CHOICES, TILE, DecodeConfig, products, blocks_go_by_work, blocks_of_step
 from alignedkv.kernels.spec import MAX_TOKENS
 from alignedkv.kernels.target import SM90
 
@@ -36,9 +36,18 @@ def test_unknown_settings_are_refused() -> None:
     heads=st.integers(1, 4096),
     capacity=st.integers(1, MAX_TOKENS),
 )
-def test_splits_fill_the_gpu_and_no_more(config: DecodeConfig, heads: int, capacity: int) -> None:
-    splits = blocks_of_step(config, SM90, heads=heads, capacity=capacity)
-    assert splits >= 1
-    if splits > 1:
-        assert splits * heads <= config.waves * config.blocks_per_sm * SM90.sm_count
-        assert (splits - 1) * config.warps * TILE < capacity
+def test_blocks_fill_the_gpu_and_no_more(config: DecodeConfig, heads: int, capacity: int) -> None:
+    blocks = blocks_of_step(config, SM90, heads=heads, capacity=capacity)
+    assert blocks >= heads
+    if blocks > heads:
+        assert blocks <= config.waves * config.blocks_per_sm * SM90.sm_count
+        assert (blocks / heads - 1) * config.warps * TILE < capacity
+    else:
+        assert not blocks_go_by_work(config, blocks, heads=heads, capacity=capacity)
+
+
+def test_short_contexts_share_blocks_evenly() -> None:
+    config = DecodeConfig()
+    assert not blocks_go_by_work(config, 132, heads=8, capacity=16384)
+    assert blocks_go_by_work(config, 132, heads=8, capacity=32768)
+    assert blocks_go_by_work(config, 132, heads=64, capacity=8192)

@@ -21,6 +21,7 @@ from alignedkv.kernels.arrays import HEAD_HINTS, CacheArrays, DecodeResult, Head
 from alignedkv.kernels.compile import build
 from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.device import device_target
+from alignedkv.kernels.launch import steps
 from alignedkv.kernels.legality import default_config, restrictions
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.kernels.storage import allocate_numpy, to_float32
@@ -184,6 +185,27 @@ def test_planes_read_are_the_references_and_bounds_no_smaller(name: str, machine
         assert (found.bound[same] >= slack * wanted.bound[same]).all()
         log_z, wanted_log_z = found.state.log_z[same], wanted.state.log_z[same]
         np.testing.assert_allclose(log_z, wanted_log_z, atol=2.0**-12)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_blocks_go_where_the_work_was(
+    name: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads what, the answer lies within its bound; told is what was read."""
+    monkeypatch.setattr(steps, "blocks_go_by_work", lambda *_, **__: True)
+    p = make(RECIPES[name])
+    exact = p.exact()
+    told = np.zeros(p.query.shape[:2])
+    for before, found in solve(p, machine):
+        np.testing.assert_array_equal(before.work, told)
+        error, allowed = errors(p, found, exact)
+        assert (error <= allowed).all(), (error / allowed).max()
+        reads = np.repeat(found.reads.sum(axis=(2, 3)), p.spec.group, axis=1)
+        told = found.state.work
+        read_again = told != reads
+        assert (told[read_again] == before.work[read_again]).all()
+        if not p.arguments.repairs:
+            assert not told.any()
 
 
 @pytest.mark.gpu

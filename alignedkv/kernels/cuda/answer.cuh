@@ -44,7 +44,7 @@ __device__ __forceinline__ bool answer(
   const Partial& whole = merge.whole;
   // Without tokens the output is 0, certainly, and all of log Z is the sink's.
   const bool empty = whole.reference[g] == kNever && shared.query.length >= 0;
-  const float hint = shared.query.constants[kHint][g], top = empty ? 0.0f : whole.reference[g];
+  const float hint = shared.constants[kHint][g], top = empty ? 0.0f : whole.reference[g];
   const float logit = before.sink_logit;
   float sink = 0;
   if constexpr (kSinks) {
@@ -91,7 +91,7 @@ __device__ __forceinline__ bool answer(
   head.spread_hint = before.spread, head.spread = spread;
   head.size = size + largest_mean;
   const float draw = whole.extremes[kDraw][g];
-  head.largest_draw = shared.query.theta[g] * shared.query.sampling_share *
+  head.largest_draw = shared.theta[g] * shared.sampling_share *
                       fmaxf(exp2_fast(draw - top) * inverse, draw < 0 ? 0.0f : exp2_fast(kPlannedDraw));
   float bound;
   if constexpr (kSettled) {
@@ -120,7 +120,7 @@ __device__ __forceinline__ bool answer(
         remembered(before.rest, log_z, numbers[kNear][g], numbers[kExplained][g]);
   }
   if (!is_nan) a.state.spread[query_head] = spread;
-  const float tau = a.step.tolerance * size, theta = shared.query.theta[g];
+  const float tau = a.step.tolerance * size, theta = shared.theta[g];
   if (a.pass == 0 && tau > 0 && !is_nan) {
     const float margin = feedback_margin(before.margin, missed);
     a.state.margin[query_head] = margin;

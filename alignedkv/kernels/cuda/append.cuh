@@ -1,6 +1,7 @@
 // Tokens into the cache: both rows by one warp (encode.cu), or a side of the newest each (prepare.cu).
 
 #include "arguments.cuh"
+#include "digits.cuh"
 #include "rows.cuh"
 
 // Write one token: planes and scales of its key and value, and its exact rows if it has a slot.

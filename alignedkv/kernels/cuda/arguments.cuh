@@ -41,6 +41,7 @@ struct State {
   float* spread;  // [B, H] rho
   float* theta;   // [B, H] absolute threshold of an addend's error
   float* margin;  // [B, H] bits below the tolerance at which feedback aims
+  float* work;    // [B, H] or null: rows that the head's KV head read, of all planes
   u32* step;      // [1] counts steps
 };
 
@@ -105,8 +106,6 @@ struct Workspace {
   u32* arrived;        // [B, Hkv, subgroups] blocks that are done
   u32* prepared;       // [B] blocks of prepare.cu that are done, of a sequence
   u32* all_prepared;   // [1] and of all
-  float* work;         // [B, Hkv, subgroups] of a head in the step before
-  i32* late_shares;    // [B, Hkv, 3] `Share` of share.cuh of the last blocks
 };
 
 // prepare.cu and decode.cu: one step.  `state` holds its hints on entry, those of the next step on
@@ -121,8 +120,7 @@ struct DecodeArguments {
   QueryBits* query;  // [B, H, D]
   float* sinks;      // [H] or null: logit of each head's sink
   i32 heads;         // B Hkv subgroups
-  i32 blocks;        // of a pass of decode.cu ...
-  i32 late;          // ... and how many of the last ones prepare.cu tells their share
+  i32 by_work;       // whether blocks go where the work of the step before was (share.cuh)
   i32 pass;          // 0, or which of step.repairs over the heads that missed
 };
 

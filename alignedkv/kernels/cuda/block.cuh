@@ -8,6 +8,25 @@
 
 constexpr int kThreads = 32 * kWarps;
 
+// Units in which weights are rounded.  An estimate takes what that loses for random, 0.1 theta a row; a
+// bound that is proved adds it all up.
+constexpr float kUnitsInTheta = kBound == Bound::Estimate ? 32.0f : 512.0f;
+
+// Numbers of a head that a step's hints fix; logarithms are to base 2.
+enum Constant {
+  kOffset,       // of a score relative to the hint L (softcap: of the score before the cap)
+  kHint,         // L
+  kMargin,       // of the score of a planned weight, per key scale: margin sigma(1) / g
+  kReachSize,    // error of an addend in units of theta: key scale (this value scale + next)
+  kReachSpread,
+  kValueGain,    // error of a value addend in units of theta, per weight and value scale
+  kError,        // estimate: (sigma(1) / g)^2      deterministic: e(1) / g
+  kErrorMore,    // estimate: hint of the spread    deterministic: (b + e^a) / g
+  kWeightUnit,   // of weights times value scales, when they are rounded: theta / kUnitsInTheta
+  kPerWeightUnit,
+  kConstants
+};
+
 // Sums of a head over tokens, in the order of a Partial.
 constexpr int kTotal = 0;                                  // weights
 constexpr int kOffsets = 1;                                // weights times what digits stand for
@@ -113,15 +132,21 @@ struct WarpMemory<false> {
 
 struct DecodeShared {
   Query query;
+  float constants[kConstants][kHeads];
   float classes[kWarps][kOwnClasses][kHeads];
   int first_block[kWarps];  // of those that its classes are of
   float reference[kWarps][kHeads];
   float factor[kWarps][kHeads];
   float sums[kWarps][kSumCount][kHeads];
+  float theta[kHeads];
   float extremes[kWarps][kExtremes];
+  float largest_square;  // most of (sigma(1) / g)^2
+  float sampling_share;  // theta_s / theta
+  float skip_gain;       // what a skipped row errs more than one read at a plane, log2
   u32 reads[2 * kStoredPlanes];
   Range range;
   Share share;
+  int trusted;
   int is_last;
   union {
     WarpTiles tiles[kWarps];

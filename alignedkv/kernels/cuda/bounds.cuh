@@ -32,6 +32,9 @@ __device__ __forceinline__ float less_one(float x) {
   return x > 1.0f ? fmaf(x, 1.0f + 0x1p-21f, -1.0f) : 0.0f;
 }
 
+// Whether score errors are counted at their worst.
+constexpr bool kCertain = kBound == Bound::Deterministic;
+
 // Whether weights are freed of what a random score error adds to them on average (theory.md 5.1).  A
 // cap bends scores, and what is added then depends on where.
 constexpr bool kMeanCorrection = kBound == Bound::Estimate && !kSoftcap;

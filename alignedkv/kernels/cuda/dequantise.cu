@@ -1,6 +1,7 @@
 // All stored planes, or the exact row, back to rows: for chunked prefill and for queries of
 // several tokens.
 
+#include "digits.cuh"
 #include "rows.cuh"
 
 constexpr int kDequantiseThreads = kEncodeWarps * kWarpSize;

@@ -10,7 +10,6 @@ using i32 = int;
 using i64 = long long;
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
-__device__ __forceinline__ bool is_finite(float x) { return fabsf(x) < infinity(); }
 
 // How a number of a dtype lies in memory.
 template <Float kDtype>

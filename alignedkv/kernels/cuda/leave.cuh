@@ -33,10 +33,10 @@ __device__ __forceinline__ void Worker::add_exact_rows(
       if constexpr (kSoftcap) {
         weight[g] = capped(dot / a.step.softcap, g);
       } else {
-        weight[g] = fmaf(dot, kLog2e, -block.query.constants[kHint][g]);
+        weight[g] = fmaf(dot, kLog2e, -block.constants[kHint][g]);
       }
       __syncwarp();
-      if (is_first && lane == 0) block.reference[warp][g] = block.query.trusted() ? 0.0f : weight[g];
+      if (is_first && lane == 0) block.reference[warp][g] = block.trusted ? 0.0f : weight[g];
       __syncwarp();
       weight[g] = exp2_fast(weight[g] - block.reference[warp][g]);
       if (lane == 0) total[g] += weight[g], sums.add_exact(g, weight[g]);

@@ -25,7 +25,7 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
     load_heads(product, mine.scores[row]);
     load_heads(of_class, block.query.classes[first_class(t) + lane]);
     load_heads(unit, block.query.numbers[kUnit16]);
-    load_heads(offset, block.query.constants[kOffset]);
+    load_heads(offset, block.constants[kOffset]);
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
       const float x = fmaf(key_scale, fmaf(unit[g], product[g], of_class[g]), offset[g]);
@@ -38,10 +38,10 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
   ReadingTest reading;
   {
     float margin[kGroup], size[kGroup], spread[kGroup], value_gain[kGroup];
-    load_heads(margin, block.query.constants[kMargin]);
-    load_heads(size, block.query.constants[kReachSize]);
-    load_heads(spread, block.query.constants[kReachSpread]);
-    load_heads(value_gain, block.query.constants[kValueGain]);
+    load_heads(margin, block.constants[kMargin]);
+    load_heads(size, block.constants[kReachSize]);
+    load_heads(spread, block.constants[kReachSpread]);
+    load_heads(value_gain, block.constants[kValueGain]);
 #pragma unroll
     for (int g = 0; g < kGroup; ++g) {
       const float plausible = fminf(fmaf(margin[g], key_scale, t.score[g]), 0.0f);
@@ -54,7 +54,7 @@ __device__ __forceinline__ Tokens Worker::open(const Range& range, int first_tok
     of_value += log2_fast(value_scale);
   }
   t.key = kSettled ? Plan::of_planes(reading.planes()) : Plan{excess};
-  const float above = of_value + block.query.skip_gain;
+  const float above = of_value + block.skip_gain;
   t.value = above > 0.0f ? Plan{of_value} : Plan::skip();
   t.chance = 1.0f;
   if constexpr (kSampleValues) {

@@ -5,19 +5,10 @@
 
 #include "append.cuh"
 #include "arguments.cuh"
-#include "constants.cuh"
 #include "copies.cuh"
 #include "near.cuh"
 #include "query.cuh"
-#include "share.cuh"
 #include "turn.cuh"
-
-// Bring rows that are wanted later close, while the kernel before this one may still run.
-__device__ __forceinline__ void prefetch(const void* from, int bytes) {
-  for (int i = 128 * threadIdx.x; i < bytes; i += 128 * 32 * kPrepareWarps) {
-    asm volatile("prefetch.global.L2 [%0];" :: "l"(static_cast<const u8*>(from) + i));
-  }
-}
 
 extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
     const __grid_constant__ DecodeArguments a) {
@@ -25,16 +16,12 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
   const int warp = threadIdx.x / 32, kv_head = blockIdx.x, sequence = blockIdx.y;
   const int lane = lane_of_thread();
   const i64 of_head = head_index(a.cache, sequence, kv_head);
-  prefetch(a.cache.dither, 2 * kDitherRows * kChannels * 2);
-  prefetch(a.cache.value_mean + of_head * kHeadDim, kHeadDim * 4);
   await_previous_kernel();
   release_next_kernel();
 
   float x[kPerLane];  // what the warp has to work on first
-  Turn turn;
-  if (warp < kQueryWarps) turn.fetch(a.cache, of_head);
   if (warp < kGroup) load_query(x, a, of_head, 0, warp);
-  if (warp >= kQueryWarps && warp < kQueryWarps + 2 && a.rows.tokens == 1) {
+  if (warp >= kQueryWarps && a.rows.tokens == 1) {
     load_row<kRowDtype>(x, new_row(a, sequence, kv_head, warp - kQueryWarps));
   }
   const int before = a.cache.lengths[sequence], length = before + a.rows.tokens;
@@ -47,15 +34,6 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
     near.fetch(a.cache, sequence, kv_head, shared.tiles[warp]);
   }
   __syncthreads();  // all threads of the block have read the length and the step
-  if (warp == kPrepareWarps - 1) {
-    if (of_head >= a.late) return;
-    const int block = a.blocks - a.late + static_cast<int>(of_head);
-    const Share share = Share::of(a.heads, block, a.blocks, [&](int head) {
-      return work_of_head(a, head);
-    });
-    if (lane == 0) reinterpret_cast<Share*>(a.workspace.late_shares)[of_head] = share;
-    return;
-  }
   if (warp >= kQueryWarps) {
     const int side = warp - kQueryWarps;
     // When all blocks of a sequence have read its length, and all blocks the counter of steps, the
@@ -88,28 +66,27 @@ extern "C" __global__ void __launch_bounds__(kPrepareWarps * 32) prepare(
 #pragma unroll 1
   for (int part = 0; part < kSubgroups; ++part) {
     if (part > 0) await_query_warps();  // the part before has been left
-    // Known from the step before, and wanted later.
-    const i64 of_part = of_head * kSubgroups + part, query_head = of_part * kGroup + lane;
-    const bool hints = warp == 0 && lane < kGroup, plans = warp == kPlanWarp && lane < kGroup;
-    float rest = 0, log_z = 0, theta = 0, spread = 0;
-    if (hints && kUsesNearRows) rest = a.state.rest[query_head];
-    if (hints && !kUsesNearRows) log_z = a.state.log_z[query_head];
-    if (plans) theta = a.state.theta[query_head], spread = a.state.spread[query_head];
-    turn_queries(x, a, shared, turn, of_head, part, warp);
+    // Known from the step before; wanted when the near rows are summed.
+    const i64 of_part = of_head * kSubgroups + part, query_head = of_part * kGroup + threadIdx.x;
+    float rest = 0, log_z = 0, spread = 0;
+    if (threadIdx.x < kGroup) {
+      if constexpr (kUsesNearRows) {
+        rest = a.state.rest[query_head];
+      } else {
+        log_z = a.state.log_z[query_head], spread = a.state.spread[query_head];
+      }
+    }
+    turn_queries(x, a, shared, of_head, part, warp);
     await_copies<0>();  // of near rows
     await_query_warps();
-    if (plans) {
-      set_constants(a.step, shared.query, theta, spread, lane);
-      if (kSettled) shared.query.numbers[kToldSpread][lane] = spread;
-    }
     if constexpr (kUsesNearRows) {
       if (warp < kNearTiles) near.add_up(a, shared.query, shared.tiles[warp], shared.near[warp]);
       await_query_warps();
-      if (hints) set_hint(a, shared.near, shared.query, rest, lane);
-    } else if (hints) {
-      shared.query.numbers[kLogZ][lane] = log_z;
+      if (threadIdx.x < kGroup) set_hint(a, shared.near, shared.query, rest, threadIdx.x);
+    } else if (threadIdx.x < kGroup) {
+      shared.query.numbers[kLogZ][threadIdx.x] = log_z;
+      shared.query.numbers[kToldSpread][threadIdx.x] = spread;
     }
-    if (hints) set_hint_constants(shared.query, lane);
     await_query_warps();
     uint4* to = reinterpret_cast<uint4*>(a.workspace.queries + of_part * sizeof(Query));
     const uint4* from = reinterpret_cast<const uint4*>(&shared.query);

@@ -10,8 +10,6 @@ constexpr float kLog2e = 1.44269504f;
 // A statistical bound wants planes by the settled rule, whose hints must not depend on this step's
 // dither: they are those of the step before (theory.md 5.3).
 constexpr bool kSettled = kBound == Bound::Statistical;
-// Whether score errors are counted at their worst.
-constexpr bool kCertain = kBound == Bound::Deterministic;
 
 // Lane (r, c) of a key product holds, of row r, kLaneWords words in pieces of kPieceBytes: piece p at
 // byte kPieceBytes (c + 4 p).  The piece is the widest that meets no bank twice and leaves none over.
@@ -46,41 +44,13 @@ enum Number {
   kToldSpread = kNear,  // settled rule, which has no near rows: the hint of rho, repairs included
 };
 
-// Numbers of a head that a step's hints fix; logarithms are to base 2.
-enum Constant {
-  kOffset,       // of a score relative to the hint L (softcap: of the score before the cap)
-  kHint,         // L
-  kMargin,       // of the score of a planned weight, per key scale: margin sigma(1) / g
-  kReachSize,    // error of an addend in units of theta: key scale (this value scale + next)
-  kReachSpread,
-  kValueGain,    // error of a value addend in units of theta, per weight and value scale
-  kError,        // estimate: (sigma(1) / g)^2      deterministic: e(1) / g
-  kErrorMore,    // estimate: hint of the spread    deterministic: (b + e^a) / g
-  kWeightUnit,   // of weights times value scales, when they are rounded: theta / kUnitsInTheta
-  kPerWeightUnit,
-  kConstants
-};
-
 struct alignas(16) Query {
   u32 digits[kHeadBlocks][kSlots / kSlotVector][32][kSlotVector];
   float classes[kDitherRows][kHeads];
   float numbers[kNumbers][kHeads];
-  float constants[kConstants][kHeads];
-  float theta[kHeads];
-  float largest_square;  // most of (sigma(1) / g)^2
-  float sampling_share;  // theta_s / theta
-  float skip_gain;       // what a skipped row errs more than one read at a plane, log2
   i32 length;  // of the sequence, the appended token included; -1 beyond the capacity
   u32 stream;  // key of the sampling hash
-  u32 padding[3];
-
-  // Whether the hints are of this head and step; those of a probe are of nothing.
-  __device__ __forceinline__ bool trusted() const {
-    bool all = true;
-#pragma unroll
-    for (int g = 0; g < kGroup; ++g) all &= is_finite(numbers[kLogZ][g]) && is_finite(theta[g]);
-    return all;
-  }
+  u32 padding[2];
 };
 
 // The finaliser of MurmurHash3 (sampling.py, mix).

@@ -10,7 +10,7 @@ __device__ __forceinline__ void Worker::settle_reference(const Tokens& t) {
   for (int g = 0; g < kGroup; ++g) {
     const float largest = warp_max(t.score[g]);
     const bool is_high = largest > kHighest;
-    const bool is_low = !block.query.trusted() && largest < kLowest && largest > 0.5f * kNever;
+    const bool is_low = !block.trusted && largest < kLowest && largest > 0.5f * kNever;
     const float reference = is_high || is_low ? largest : 0.0f;
     shifted |= is_high || is_low;
     if (lane == 0) block.reference[warp][g] = reference;

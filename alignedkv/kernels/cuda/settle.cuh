@@ -18,10 +18,10 @@ __device__ __forceinline__ void Worker::settle(Tokens& t, float (&scaled)[kGroup
   token.key_step = t.key.step(), token.value_step = t.value.step();
   token.has_value = t.value.reads_any(), token.per_chance = per_chance;
   if constexpr (kSettled) token.settled = settled_token(t);
-  const auto shared = sums.shared_of(token, block.query.largest_square);
+  const auto shared = sums.shared_of(token, block.largest_square);
   float first[kGroup], second[kGroup];  // coefficients of the bound's addends
-  load_heads(first, block.query.constants[kError]);
-  load_heads(second, block.query.constants[kErrorMore]);
+  load_heads(first, block.constants[kError]);
+  load_heads(second, block.constants[kErrorMore]);
   const float unit = t.value_scale() * per_chance;
   const auto add = [&](auto is_coarse) {
 #pragma unroll
@@ -45,8 +45,8 @@ __device__ __forceinline__ void Worker::settle(Tokens& t, float (&scaled)[kGroup
 // a row that is skipped or left to chance remains so.
 __device__ __forceinline__ Plan Worker::plan_value(const Tokens& t, bool is_finer) {
   float margin[kGroup], value_gain[kGroup];
-  load_heads(margin, block.query.constants[kMargin]);
-  load_heads(value_gain, block.query.constants[kValueGain]);
+  load_heads(margin, block.constants[kMargin]);
+  load_heads(value_gain, block.constants[kValueGain]);
   float excess = kNever;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
@@ -58,7 +58,7 @@ __device__ __forceinline__ Plan Worker::plan_value(const Tokens& t, bool is_fine
   const bool is_drawn = kSampleValues && t.chance < 1.0f;
   if constexpr (kSampleValues) {
     // Its chance is from another score.
-    const float draw = excess + (block.query.skip_gain + kPlannedDraw) - log2_fast(t.chance);
+    const float draw = excess + (block.skip_gain + kPlannedDraw) - log2_fast(t.chance);
     largest_draw = fmaxf(largest_draw, is_drawn && is_finer ? draw : kNever);
   }
   return is_drawn || !is_finer || !t.value.reads_any() ? t.value : Plan{excess};

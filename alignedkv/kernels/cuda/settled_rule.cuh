@@ -59,8 +59,8 @@ __device__ __forceinline__ void Worker::keep_or_drop(Tokens& t, int place, bool 
         fmaf(key_scale, fmaf(numbers[kUnit16][g], products, middle), t.settled.finest[g]);
     products = 0;
     t.settled.finest[g] = finer;
-    const float likely = fmaf(block.query.constants[kMargin][g], key_scale * kStep, finer);
-    if (likely + log_reach(block.query.constants, g, key_scale, value_scale) > gain(kPlanes - 1)) {
+    const float likely = fmaf(block.constants[kMargin][g], key_scale * kStep, finer);
+    if (likely + log_reach(block.constants, g, key_scale, value_scale) > gain(kPlanes - 1)) {
       t.score[g] = finer;
       t.settled.used = (t.settled.used & ~(3u << 2 * g)) | (kPlanes - 1u) << 2 * g;
     }
@@ -172,7 +172,7 @@ template <class SumsOfBound>
 __device__ __forceinline__ void Worker::start_sums(SumsOfBound& sums) {
   SettledSums::Memory& memory = block.warps.settled(warp);
   for (float* x = &memory.lanes[0][0][lane]; x <= &memory.largest_scales[1][lane]; x += 32) *x = 0;
-  sums = {&memory, block.query.numbers, block.query.constants, block.reference[warp]};
+  sums = {&memory, block.query.numbers, block.constants, block.reference[warp]};
   __syncwarp();
 }
 

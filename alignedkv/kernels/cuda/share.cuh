@@ -1,18 +1,17 @@
 // How the blocks of a launch share the KV heads.
 
-#include "arguments.cuh"
 #include "copies.cuh"
 #include "warps.cuh"
 
-// Of a head in the step before, as far as it is known.
-__device__ __forceinline__ float work_of_head(const DecodeArguments& a, int head) {
-  const float work = load_past_l1(a.workspace.work + head);
-  return work > 0 ? work : 1.0f;
-}
-
-// Which part of which head a block takes.
+// Which part of which KV head a block takes.
 struct Share {
   int head, split, splits;  // splits = 0: nothing to do
+
+  // Heads of equal work.
+  __device__ __forceinline__ static Share even(int heads, int block, int blocks) {
+    const int splits = blocks / heads, head = block / splits;
+    return {head, block % splits, head < heads ? splits : 0};
+  }
 
   // The share of a block in `heads` heads of `work_of(head)` each; a head without work gets no blocks.
   // For all lanes of a warp.
@@ -34,7 +33,7 @@ struct Share {
       total += work, largest = fmaxf(largest, work);
       working += __popc(__ballot_sync(kAllLanes, work > 0));
     }
-    if (working == 0) return {};
+    if (working == 0) return {0, 0, 0};
     total = warp_sum(total), largest = warp_max(largest);
     // ceil(x) < x + 1: the last of the loads is always one for which blocks suffice.
     const float least = total / blocks, spare = blocks - working;
@@ -49,7 +48,7 @@ struct Share {
     }
     const u32 enough = __ballot_sync(kAllLanes, wanted <= blocks) | 1u << (kWarpSize - 1);
     const float chosen = __shfl_sync(kAllLanes, per_load, __ffs(enough) - 1);
-    Share share = {};
+    Share share = {0, 0, 0};
     int before = 0;  // blocks of the heads before
     for (int first = 0; first < heads; first += kWarpSize) {
       const int splits = splits_of(work_at(first), chosen);

@@ -7,14 +7,11 @@
 #include "rows.cuh"
 #include "warps.cuh"
 
-// Warps that turn queries and look at near rows, one that encodes the new key, one the new value, one
-// that tells a block of decode.cu its share.
+// Warps that turn queries and look at near rows, one that encodes the new key, one the new value.
 constexpr int kQueryWarps = 8;
-constexpr int kPrepareWarps = kQueryWarps + 3;
+constexpr int kPrepareWarps = kQueryWarps + 2;
 static_assert(kGroup <= kQueryWarps, "a warp turns one query at first");
-// Of them, the one that has no near rows sets constants.
-constexpr int kPlanWarp = kQueryWarps - 1;
-static_assert(!kUsesNearRows || kNearTiles <= kPlanWarp, "a warp looks at one tile of near rows");
+static_assert(kNearTiles <= kQueryWarps, "a warp looks at one tile of near rows");
 static_assert(kDitherRows % 16 == 0, "dither rows are multiplied 16 at a time");
 
 struct PrepareShared {
@@ -39,29 +36,17 @@ __device__ __forceinline__ void load_query(
   load_row<kQueryDtype>(x, a.query + ((of_head * kSubgroups + part) * kGroup + g) * kHeadDim);
 }
 
-// What turns a KV head's queries, fetched before they are there.
-struct Turn {
-  float mean[kPerLane], gain[kPerLane];
-
-  __device__ __forceinline__ void fetch(const Cache& cache, i64 of_head) {
-#pragma unroll
-    for (int i = 0; i < kPerLane; ++i) {
-      const int c = channel(i, lane_of_thread());
-      const bool exists = c < kHeadDim;
-      mean[i] = exists ? cache.key_mean[of_head * kHeadDim + c] : 0.0f;
-      gain[i] = exists ? cache.balance[of_head * kHeadDim + c] * cache.signs[c] : 0.0f;
-    }
-  }
-};
-
 // One warp: query head g, in x -> its numbers and 16-bit integers.
 __device__ void turn_query(
-    float (&x)[kPerLane], const DecodeArguments& a, PrepareShared& shared, const Turn& turn, int g) {
+    float (&x)[kPerLane], const DecodeArguments& a, PrepareShared& shared, i64 of_head, int g) {
   const int lane = lane_of_thread();
   float base = 0;
 #pragma unroll
-  for (int i = 0; i < kPerLane; ++i) base += x[i] * turn.mean[i], x[i] *= turn.gain[i];
-  hadamard(x);
+  for (int i = 0; i < kPerLane; ++i) {
+    const int c = channel(i, lane);
+    if (c < kHeadDim) base += x[i] * a.cache.key_mean[of_head * kHeadDim + c];
+  }
+  transform_query(x, a.cache, of_head);
   float largest = 0, norm1 = 0, norm2 = 0;
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
@@ -173,8 +158,8 @@ __device__ __forceinline__ void class_products(
 // The warps that turn queries: digits, numbers and class products of a part of a KV head's group.
 // `x`: query head `warp` of the first part.
 __device__ __forceinline__ void turn_queries(
-    float (&x)[kPerLane], const DecodeArguments& a, PrepareShared& shared, const Turn& turn,
-    i64 of_head, int part, int warp) {
+    float (&x)[kPerLane], const DecodeArguments& a, PrepareShared& shared, i64 of_head, int part,
+    int warp) {
   const int lane = lane_of_thread();
   // The dither does not wait for queries.
   DitherRows rows;
@@ -185,11 +170,10 @@ __device__ __forceinline__ void turn_queries(
     for (int c = lane; c < kChannels; c += 32) shared.numbers[g][c] = 0;
     if (lane == 0) shared.unit[g] = shared.sum[g] = 0;
     if (lane < kNumbers) shared.query.numbers[lane][g] = 0;
-    if (lane < kConstants) shared.query.constants[lane][g] = 0;
   }
   for (int g = warp; g < kGroup; g += kQueryWarps) {
     if (part > 0 || g != warp) load_query(x, a, of_head, part, g);
-    turn_query(x, a, shared, turn, g);
+    turn_query(x, a, shared, of_head, g);
   }
   await_query_warps();
   for (int i = threadIdx.x; i < kHeadBlocks * kSlots * 32; i += 32 * kQueryWarps) {

@@ -32,11 +32,11 @@ __device__ __forceinline__ WeightDigits Worker::leave_weights(int token, Plan pl
   const bool valid = lane < queued_values;
   float scaled[kGroup], unit[kGroup], number[kGroup];
   load_heads(scaled, mine.values.weight[lane]);
-  load_heads(unit, block.query.constants[kWeightUnit]);
+  load_heads(unit, block.constants[kWeightUnit]);
   bool is_large = false;
   {
     float per_unit[kGroup];
-    load_heads(per_unit, block.query.constants[kPerWeightUnit]);
+    load_heads(per_unit, block.constants[kPerWeightUnit]);
     const u32 turns = static_cast<u32>(token) * kSpread + block.query.stream;
     const float dither = 0x1p-32f * static_cast<float>(static_cast<i32>(turns));
 #pragma unroll
@@ -125,7 +125,7 @@ __device__ __forceinline__ void Worker::clear_second_values() {
 // large.
 __device__ __forceinline__ void Worker::load_weights(int pass, WeightDigits digits) {
   const bool is_own = digits != WeightDigits::UnitOfTheta;
-  const float* units = is_own ? mine.weight_units[pass] : block.query.constants[kWeightUnit];
+  const float* units = is_own ? mine.weight_units[pass] : block.constants[kWeightUnit];
   const u32 select = r % 2 ? 0x6420 : 0x7531, sign = r % 2 ? 0x80808080u : 0;
   const u32 of_pass = weights_at + pass * sizeof mine.weights[0];
   const u8* of_lane = static_cast<const u8*>(__cvta_shared_to_generic(of_pass));

@@ -179,7 +179,7 @@ class Worker {
     if constexpr (!kSoftcap) return x;
     // tanh x = 1 - 2 / (e^2x + 1)
     const float tanh = 1.0f - 2.0f * reciprocal_fast(exp2_fast(2 * kLog2e * x) + 1.0f);
-    return fmaf(a.step.softcap * kLog2e, tanh, -block.query.constants[kHint][g]);
+    return fmaf(a.step.softcap * kLog2e, tanh, -block.constants[kHint][g]);
   }
 
   const DecodeArguments& a;

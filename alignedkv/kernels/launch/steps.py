@@ -16,7 +16,7 @@ from alignedkv.kernels.arrays import (
     HeadState,
     StepArguments,
 )
-from alignedkv.kernels.config import WARP, DecodeConfig
+from alignedkv.kernels.config import WARP, DecodeConfig, blocks_go_by_work
 from alignedkv.kernels.device import Place, device_target
 from alignedkv.kernels.device_array import DeviceArray
 from alignedkv.kernels.footprint import shared_bytes
@@ -26,7 +26,7 @@ from alignedkv.kernels.workspace import Workspace, allocate_workspace
 from alignedkv.policy import START_MARGIN
 
 #: Warps of a block of prepare.cu; ``kPrepareWarps`` of turn.cuh.
-PREPARE_WARPS = 11
+PREPARE_WARPS = 10
 #: `NewRows` of a step that appends nothing.
 _NO_ROWS = {
     "keys": None,
@@ -89,7 +89,12 @@ def decode(
     place = Place.of(spec, cache.scales, config or configuration(spec, cache), stream)
     if workspace is None:
         workspace = allocate_workspace(spec, place.config, place.target, cache, zeros=place.zeros)
-    following = HeadState(**{name: place.copy(hint) for name, hint in as_mapping(state).items()})
+    following = HeadState(
+        **{
+            name: None if hint is None else place.copy(hint)
+            for name, hint in as_mapping(state).items()
+        }
+    )
     return _run(place, cache, _NO_ROWS, query, following, arguments, workspace, sinks)
 
 
@@ -125,9 +130,12 @@ def probe(
         state = HeadState(
             **{name: place.zeros(heads, "float32") for name in START_HINTS},
             step=place.zeros((1,), "uint32"),
+            work=place.zeros(heads, "float32"),
         )
     for name, value in START_HINTS.items():
         place.fill(getattr(state, name), value)
+    if state.work is not None:
+        place.fill(state.work, 0)
     coarse = replace(arguments, skip_share=0.0, repairs=0)
     found = _run(place, cache, _NO_ROWS, query, state, coarse, workspace, sinks)
     place.scale(state.theta, found.size, arguments.tolerance * start_theta)
@@ -215,8 +223,8 @@ def _run(
         "query": query,
         "sinks": sinks,
         "heads": heads,
-        "blocks": workspace.blocks,
-        "late": min(batch * kv_heads, workspace.blocks),
+        "by_work": state.work is not None
+        and blocks_go_by_work(config, workspace.blocks, heads=heads, capacity=sizes.names["T"]),
         "pass": 0,
     }
     packed = pack("DecodeArguments", spec, sizes, given, device=place.device)

@@ -282,7 +282,8 @@ def _copy(array: Array) -> Array:
 
 
 def _mapped_state(state: HeadState, convert: Callable[[Array], Array]) -> HeadState:
-    return HeadState(**{name: convert(getattr(state, name)) for name in _STATE})
+    hints = {name: getattr(state, name) for name in _STATE}
+    return HeadState(**{n: None if hint is None else convert(hint) for n, hint in hints.items()})
 
 
 def _mapped_cache(cache: CacheArrays, convert: Callable[[Array], Array]) -> CacheArrays:
