@@ -218,9 +218,7 @@ def emulate_places(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def host_library(
-    spec: DecodeSpec, config: DecodeConfig, file: str, more: str = ""
-) -> ctypes.CDLL:
+def host_library(spec: DecodeSpec, config: DecodeConfig, file: str, more: str = "") -> ctypes.CDLL:
     """A CUDA file compiled for the host, with a function ``run_<kernel>`` for each kernel.
 
     ``more`` is C++ behind it: functions that use what is in the file.

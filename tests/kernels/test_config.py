@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alignedkv.errors import CodegenError
-from alignedkv.kernels.config import CHOICES, TILE, DecodeConfig, products, blocks_go_by_work, blocks_of_step
+from alignedkv.kernels.config import (
+    CHOICES,
+    TILE,
+    DecodeConfig,
+    blocks_go_by_work,
+    blocks_of_step,
+    products,
+)
 from alignedkv.kernels.spec import MAX_TOKENS
 from alignedkv.kernels.target import SM90
 
