@@ -8,6 +8,7 @@ capacity, D channels, C = D padded to a multiple of 32, N stored planes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -100,6 +101,18 @@ class HeadState:
     margin: Array
     step: Array
     work: Array | None = None
+
+    def mapped(self, change: Callable[[Array], Array]) -> HeadState:
+        """A state of what ``change`` makes of each array that is there."""
+        arrays = {name: getattr(self, name) for name in self.__slots__}
+        return HeadState(**{n: None if x is None else change(x) for n, x in arrays.items()})
+
+    def assign(self, other: HeadState) -> None:
+        """Overwrite each array that both have."""
+        for name in self.__slots__:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine is not None and theirs is not None:
+                mine[...] = theirs
 
 
 #: The fields of `HeadState` that say what to expect of each query head.

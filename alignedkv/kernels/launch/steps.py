@@ -89,12 +89,7 @@ def decode(
     place = Place.of(spec, cache.scales, config or configuration(spec, cache), stream)
     if workspace is None:
         workspace = allocate_workspace(spec, place.config, place.target, cache, zeros=place.zeros)
-    following = HeadState(
-        **{
-            name: None if hint is None else place.copy(hint)
-            for name, hint in as_mapping(state).items()
-        }
-    )
+    following = state.mapped(place.copy)
     return _run(place, cache, _NO_ROWS, query, following, arguments, workspace, sinks)
 
 

@@ -15,8 +15,7 @@ by `reference`, `cpu` or `launch`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -140,10 +139,10 @@ def probe(
     It comes back through the host, once a prefill.
     """
     nothing = unknown_state(*query.shape[:2])
-    unknown = _each(nothing, _put)
+    unknown = nothing.mapped(_put)
     found = decode(spec, cache, query, unknown, coarse(arguments), sinks=sinks)
-    on_host = replace(found, size=_get(found.size), state=_each(found.state, _get))
-    return _each(started(on_host, arguments.tolerance * start_theta), _put)
+    on_host = replace(found, size=_get(found.size), state=found.state.mapped(_get))
+    return started(on_host, arguments.tolerance * start_theta).mapped(_put)
 
 
 def launch_arguments(
@@ -282,8 +281,3 @@ def _put(array: Array) -> Array:
 
 def _get(array: Array) -> Array:
     return array if SIMULATED else array.copy_to_host()
-
-
-def _each(state: HeadState, change: Callable[[Array], Array]) -> HeadState:
-    """A state whose arrays have been put or got."""
-    return HeadState(**{f.name: change(getattr(state, f.name)) for f in fields(state)})

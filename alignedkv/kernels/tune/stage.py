@@ -25,7 +25,6 @@ from alignedkv.policy import SETTLING_STEPS
 
 #: A rotation's steps read so many times the L2 cache together: nobody finds his rows there.
 COLD_FACTOR: Final = 4.0
-_STATE: Final = HeadState.__slots__
 
 #: ``make_inputs(tokens, xp)`` -> inputs of so many tokens, arrays of the module ``xp``.
 MakeInputs = Callable[[int, Any], Inputs]
@@ -114,7 +113,7 @@ class Stage:
         regime = self.regime(problem.tolerance)
         first = self._caches[0]
         self._caches += [_copied(first) for _ in range(self._copies(regime.bytes_read) - 1)]
-        self._states = [_mapped_state(regime.state, _copy) for _ in self._caches]
+        self._states = [regime.state.mapped(_copy) for _ in self._caches]
 
     @property
     def copies(self) -> int:
@@ -134,7 +133,7 @@ class Stage:
             self.problem.spec,
             regime.case_cache,
             self._xp.asarray(regime.case.query),
-            _mapped_state(regime.case.state, self._xp.asarray),
+            regime.case.state.mapped(self._xp.asarray),
             regime.case.arguments,
             config=config,
             stream=self._stream.ptr,
@@ -145,8 +144,7 @@ class Stage:
         """Every cache and state as before the first step."""
         self.reset_lengths()
         for state in self._states:
-            for name in _STATE:
-                getattr(state, name)[...] = getattr(regime.state, name)
+            state.assign(regime.state)
 
     def reset_lengths(self) -> None:
         """Forget the tokens that steps have appended."""
@@ -279,11 +277,6 @@ def _copied(cache: CacheArrays) -> CacheArrays:
 
 def _copy(array: Array) -> Array:
     return array.copy()
-
-
-def _mapped_state(state: HeadState, convert: Callable[[Array], Array]) -> HeadState:
-    hints = {name: getattr(state, name) for name in _STATE}
-    return HeadState(**{n: None if hint is None else convert(hint) for n, hint in hints.items()})
 
 
 def _mapped_cache(cache: CacheArrays, convert: Callable[[Array], Array]) -> CacheArrays:

@@ -155,8 +155,7 @@ def kernels(gpu: Gpu) -> SimpleNamespace:
         found = decode(spec, cache, query, state, arguments, config=config)
         for name, array in workspace.outputs.items():
             array[...] = getattr(found, name)
-        for name in stage._STATE:
-            getattr(state, name)[...] = getattr(found.state, name)
+        state.assign(found.state)
         return DecodeResult(**workspace.outputs, state=state)
 
     def probe(spec: Any, cache: Any, query: Any, arguments: Any, **on: Any) -> Any:
