@@ -101,10 +101,11 @@ def test_a_replay_prints_the_best_and_its_rank(
 ) -> None:
     command = ["--replay", str(sweep_file), "--search", "tpe", "--trials", "20", "--seed", "1"]
     assert autotune.main(command) == 0
-    assert re.search(r"tpe, seed 1, 20 of \d+ evaluations: .*rank \d+", capsys.readouterr().out)
+    # 20 and the default, unless it is one of them.
+    assert re.search(r"tpe, seed 1, 2[01] of \d+ evaluations: .*rank \d+", capsys.readouterr().out)
     assert autotune.main([*command, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["evaluations"] == 20
+    assert facts["evaluations"] in (20, 21)
     ranked = Sweep.load(sweep_file).ranked()
     assert ranked[facts["rank"] - 1].median_us == facts["best_us"]
     assert DecodeConfig(**facts["best"]) == ranked[facts["rank"] - 1].config
