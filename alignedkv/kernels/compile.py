@@ -16,15 +16,14 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import re
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from alignedkv.errors import CompileError
+from alignedkv.kernels.cache_folder import cache_directory, write_files
 from alignedkv.kernels.codegen import generate
 from alignedkv.kernels.config import KERNEL_TUNABLES, DecodeConfig
 from alignedkv.kernels.spec import DecodeSpec
@@ -41,7 +40,6 @@ OPTIONS = (
     "--diag-suppress=177",
     "--ptxas-options=-v",
 )
-CACHE_VARIABLE = "ALIGNEDKV_CACHE_DIR"
 _INSTALL = "pip install 'alignedkv[cuda13]' (or [cuda12] for drivers older than series 580)"
 
 
@@ -83,14 +81,6 @@ class Binary:
     resources: dict[str, Resources]
 
 
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: ``ALIGNEDKV_CACHE_DIR``, else the user's cache folder."""
-    if given := os.environ.get(CACHE_VARIABLE):
-        return Path(given)
-    user = os.environ.get("XDG_CACHE_HOME")
-    return (Path(user) if user else Path.home() / ".cache") / "alignedkv"
-
-
 def build(spec: DecodeSpec, config: DecodeConfig, file: str, arch: str) -> Binary:
     """Compile ``cuda/<file>``, or take it from the cache.
 
@@ -125,7 +115,7 @@ def build(spec: DecodeSpec, config: DecodeConfig, file: str, arch: str) -> Binar
     try:
         cubin, log = compile_text(text, file, arch)
     except CompileError as error:
-        source = _write(entry, {file: text.encode()}) / file
+        source = write_files(entry, {file: text.encode()}) / file
         raise CompileError(f"{error}\nsource: {source}") from error
     resources = parse_resources(log)
     facts = {
@@ -133,7 +123,7 @@ def build(spec: DecodeSpec, config: DecodeConfig, file: str, arch: str) -> Binar
         "sha256": hashlib.sha256(cubin).hexdigest(),
         "resources": {name: asdict(each) for name, each in resources.items()},
     }
-    folder = _write(
+    folder = write_files(
         entry,
         {
             file: text.encode(),
@@ -269,35 +259,3 @@ def _read(entry: Path, stem: str, key: str) -> Binary | None:
         _log.warning("cache entry %s is damaged or foreign, compiling again: %s", entry, error)
         return None
     return Binary(source=entry / f"{stem}.cu", cubin=cubin, resources=resources)
-
-
-def _write(entry: Path, files: dict[str, bytes]) -> Path:
-    """Write files atomically, in order; the folder that holds them in the end."""
-    try:
-        _write_atomically(entry, files)
-        return entry
-    except OSError as error:
-        _log.warning("the cache folder cannot be used: %s", error)
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="alignedkv-"))
-        _write_atomically(folder, files)
-    except OSError as error:
-        raise CompileError(
-            f"neither {entry.parent} nor a temporary folder can be written: {error}. Make room, or "
-            f"set {CACHE_VARIABLE} to a folder that can be written"
-        ) from error
-    _log.warning("using %s instead; set %s to keep kernels", folder, CACHE_VARIABLE)
-    return folder
-
-
-def _write_atomically(folder: Path, files: dict[str, bytes]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=f".{name}.", delete=False) as part:
-            try:
-                part.write(content)
-                part.close()
-                Path(part.name).replace(folder / name)
-            except BaseException:
-                Path(part.name).unlink(missing_ok=True)
-                raise

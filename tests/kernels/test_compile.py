@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from alignedkv.errors import CompileError
+from alignedkv.kernels import cache_folder
 from alignedkv.kernels import compile as compiling
+from alignedkv.kernels.cache_folder import CACHE_VARIABLE, cache_directory
 from alignedkv.kernels.compile import (
-    CACHE_VARIABLE,
     Resources,
     build,
-    cache_directory,
     cache_key,
     compile_text,
     compiler_version,
@@ -214,7 +214,7 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(compiling, "_write_atomically", full)
+    monkeypatch.setattr(cache_folder, "write_atomically", full)
     with pytest.raises(CompileError, match=rf"No space left.*set {CACHE_VARIABLE}"):
         build(SPEC, CONFIG, FILE, "sm_90")
 
@@ -225,7 +225,7 @@ def test_a_write_that_fails_leaves_nothing(folder: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        compiling._write_atomically(folder, {"a": b"x"})
+        cache_folder.write_atomically(folder, {"a": b"x"})
     assert list(folder.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import numba
 
-from alignedkv.kernels.compile import cache_directory
+from alignedkv.kernels.cache_folder import cache_directory
 
 _log = logging.getLogger(__name__)
 

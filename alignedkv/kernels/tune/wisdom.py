@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from alignedkv.errors import TuningError
+from alignedkv.kernels.cache_folder import cache_directory
 from alignedkv.kernels.codegen import source_digest
-from alignedkv.kernels.compile import cache_directory
 from alignedkv.kernels.config import DecodeConfig
 from alignedkv.kernels.legality import default_config, restrictions
 from alignedkv.kernels.spec import DecodeSpec
