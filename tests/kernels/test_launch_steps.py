@@ -28,7 +28,8 @@ from alignedkv.kernels.storage import allocate_numpy, to_float32
 from alignedkv.kernels.target import SM90
 from alignedkv.kernels.workspace import Workspace, allocate_workspace
 from emulator.machines import Emulated, Gpu, Machine, emulate_places
-from problems import RECIPES, Problem, make, recipe
+from problems import RECIPES, Problem, Recipe, make, recipe, stored
+from strategies import Activations, Shape
 
 UNIT = {"float16": FP16, "bfloat16": BF16, "float32": FP32}
 #: Recipes that host threads solve in seconds each.
@@ -185,6 +186,23 @@ def test_planes_read_are_the_references_and_bounds_no_smaller(name: str, machine
         assert (found.bound[same] >= slack * wanted.bound[same]).all()
         log_z, wanted_log_z = found.state.log_z[same], wanted.state.log_z[same]
         np.testing.assert_allclose(log_z, wanted_log_z, atol=2.0**-12)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile kernels for the host")
+@pytest.mark.parametrize("seed", [2, 3])
+def test_rows_that_repeat_do_not_err_alike(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows in turn: rounded alike, their weights would err 3.3 and 1.2 of the estimate."""
+    emulate_places(monkeypatch)
+    rng = np.random.default_rng(seed)
+    shape = Shape(batch=1, kv_heads=1, group=4, tokens=4096, head_dim=64)
+    rows = rng.normal(size=(2, 3, 64))
+    keys, values = rows[:, np.arange(shape.tokens) % 3][:, None, None]
+    given = Activations(keys=keys, values=values, query=0.3 * rng.normal(size=(1, 4, 64)))
+    p = stored(Recipe(shape=shape, policy={"tolerance": 2.0**-4}), given)
+    exact = p.exact()
+    for _, found in solve(p, Emulated(), steps=4):
+        error, allowed = errors(p, found, exact)
+        assert (error <= allowed).all(), (error / allowed).max()
 
 
 @pytest.mark.parametrize("name", RECIPES)
