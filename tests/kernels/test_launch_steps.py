@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -224,6 +226,24 @@ def test_blocks_go_where_the_work_was(
         assert (told[read_again] == before.work[read_again]).all()
         if not p.arguments.repairs:
             assert not told.any()
+
+
+@pytest.mark.parametrize("name", ["estimate"])
+def test_a_wrong_hint_of_work_costs_time_alone(
+    name: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "blocks_go_by_work", lambda *_, **__: True)
+    p = make(RECIPES[name])
+    exact, given = p.exact(), on_machine(p, machine)
+    state = launch.probe(**given, start_theta=p.start_theta)
+    for wrong in itertools.permutations((math.inf, math.nan, -1.0, 2.0**-149, 1e38), 2):
+        work = np.full(p.query.shape[:2], wrong[0], np.float32)
+        work[:, :: p.spec.group] = wrong[1]
+        work[0, 0] = 1.0
+        told = replace(state, work=machine.put(work))
+        found = downloaded(launch.decode(**given, state=told), machine)
+        error, allowed = errors(p, found, exact)
+        assert (error <= allowed).all(), (wrong, (error / allowed).max())
 
 
 @pytest.mark.gpu

@@ -71,7 +71,9 @@ def least_load(work: NDArray[np.float64], blocks: int) -> float:
 @settings(deadline=None, max_examples=60)
 @given(
     work=st.lists(
-        st.one_of(st.just(0.0), st.floats(1.0, 2.0**24, width=32)), min_size=1, max_size=70
+        st.one_of(st.just(0.0), st.floats(1.0, 2.0**24, width=32), st.floats(2.0**-149, 2.0**40)),
+        min_size=1,
+        max_size=70,
     ),
     spare=st.integers(0, 150),
 )

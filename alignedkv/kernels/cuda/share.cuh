@@ -72,6 +72,7 @@ struct Share {
 
  private:
   __device__ __forceinline__ static int splits_of(float work, float per_load) {
-    return min(static_cast<int>(ceilf(work * per_load)), kMaxSplits);
+    const int splits = min(static_cast<int>(ceilf(work * per_load)), kMaxSplits);
+    return work > 0 ? max(splits, 1) : 0;  // a product may vanish
   }
 };
