@@ -35,9 +35,11 @@ struct Share {
     }
     if (working == 0) return {0, 0, 0};
     total = warp_sum(total), largest = warp_max(largest);
-    // ceil(x) < x + 1: the last of the loads is always one for which blocks suffice.
+    // The last of the loads is always one for which blocks suffice, whatever is rounded: a block a head,
+    // or ceil(x) < x + 1 of them.
     const float least = total / blocks, spare = blocks - working;
-    const float most = spare > 0 ? fminf(largest, total / spare) : largest;
+    const float enough_load = spare > 0 ? fminf(largest, total / spare) : largest;
+    const float most = enough_load * (1.0f + 0x1p-20f);
     const float per_load = 1.0f / fmaf(most - least, lane * (1.0f / (kWarpSize - 1)), least);
     int wanted = 0;
     for (int first = 0; first < heads; first += kWarpSize) {
