@@ -4,7 +4,7 @@ Tensors come in lists so that an operator's mutations are declared exactly:
 
 - ``rows``: N key planes, N value planes, scales, lengths and, with exact rows, the two buffers;
 - ``constants``: key_mean, balance, value_mean, signs, dither, starts;
-- ``state``: the fields of `HeadState`: HEAD_HINTS, work, step;
+- ``state``: the fields of `HeadState` in their order;
 - ``results``: bound, size, missed, reads;
 - ``scratch``: what the backend asked for.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, library
 
-from alignedkv.kernels.arrays import HEAD_HINTS, CacheArrays, DecodeResult, HeadState
+from alignedkv.kernels.arrays import CacheArrays, DecodeResult, HeadState
 from alignedkv.runtime.backend import backend_for
 from alignedkv.runtime.plan import StepPlan, parse_plan
 
@@ -65,8 +65,7 @@ def unpack_rows(
 
 
 def _head_state(state: list[Tensor]) -> HeadState:
-    *hints, work, step = state
-    return HeadState(**dict(zip(HEAD_HINTS, hints, strict=True)), work=work, step=step)
+    return HeadState(**dict(zip(HeadState.__slots__, state, strict=True)))
 
 
 @library.custom_op("alignedkv::fit", mutates_args=("constants",))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from alignedkv.kernels import storage
-from alignedkv.kernels.arrays import HEAD_HINTS
+from alignedkv.kernels.arrays import HeadState
 from alignedkv.kernels.spec import DecodeSpec
 from alignedkv.runtime import ops
 from alignedkv.runtime.backend import backend_for
@@ -24,7 +24,7 @@ from alignedkv.runtime.request import Request
 
 #: Where the shared tensors stand in their lists; see `ops`.
 _SIGNS, _DITHER = 3, 4
-_STEP = len(HEAD_HINTS) + 1
+_STEP = HeadState.__slots__.index("step")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,7 +144,10 @@ def allocate(
         exact_rows=(cache.exact_first, cache.exact_last),
         rows=ops.pack_rows(cache),
         constants=ops.pack_constants(cache),
-        state=[*(zeros(heads, "float32") for _ in (*HEAD_HINTS, "work")), zeros((1,), "uint32")],
+        state=[
+            zeros((1,), "uint32") if name == "step" else zeros(heads, "float32")
+            for name in HeadState.__slots__
+        ],
         results=[
             zeros(heads, "float32"),
             zeros(heads, "float32"),

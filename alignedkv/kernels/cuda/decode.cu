@@ -125,7 +125,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kBlocksPerSm) decode(
       share = Share::of(heads, block, blocks, [&](int head) {
         if (again) return load_past_l1(missed + head) ? 1.0f : 0.0f;
         const float work = load_past_l1(a.state.work + head * kGroup);
-        return work > 0 ? fminf(work, 0x1p40f) : 1.0f;  // a wrong hint must not cost a head its blocks
+        // A wrong hint must not cost a head its blocks.
+        return work > 0 ? fminf(work, 0x1p40f) : 1.0f;
       });
       if (lane == 0) shared.share = share;
     }

@@ -66,8 +66,8 @@ __device__ __forceinline__ WeightDigits Worker::leave_weights(int token, Plan pl
     float rounded = multiple * unit[g], lost = fmaf(-multiple, unit[g], scaled[g]);
     if (digits == WeightDigits::Fine) {
       float fine;
-      const float number = number_of(lost, largest_size(lost), fine);
-      const float more = leave_digits(mine.weights[1][g], number);
+      const float finer = number_of(lost, largest_size(lost), fine);
+      const float more = leave_digits(mine.weights[1][g], finer);
       if (lane == 0) mine.weight_units[1][g] = fine;
       rounded = fmaf(more, fine, rounded), lost = fmaf(-more, fine, lost);
     }
